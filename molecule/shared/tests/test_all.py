@@ -1,0 +1,220 @@
+"""Every host: base system, firewall, sshd, journal, upgrades, and no secret in clear."""
+
+from __future__ import annotations
+
+import base64
+import json
+import socket
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+from conftest import Lab
+
+SEARCH = '''#python
+import mmap, os, subprocess, sys, json
+NEEDLES = {needles}
+MINE = {{os.getpid(), os.getppid()}}
+found = []
+
+def look(where, data):
+    for name, needle in NEEDLES:
+        if data.find(bytes.fromhex(needle)) >= 0:
+            found.append([where, name])
+
+files = 0
+for top, folders, names in os.walk("/"):
+    if top == "/":
+        folders[:] = [f for f in folders if f not in ("proc", "sys", "dev")]
+    for name in names:
+        path = os.path.join(top, name)
+        try:
+            if os.path.islink(path) or not os.path.isfile(path) or os.path.getsize(path) == 0:
+                continue
+            with open(path, "rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                files += 1
+                look(path, data)
+        except (OSError, ValueError):
+            continue
+for pid in filter(str.isdigit, os.listdir("/proc")):
+    if int(pid) in MINE:
+        continue
+    for part in ("environ", "cmdline"):
+        try:
+            with open(f"/proc/{{pid}}/{{part}}", "rb") as handle:
+                look(f"/proc/{{pid}}/{{part}}", handle.read())
+        except OSError:
+            continue
+journal = subprocess.run(["journalctl", "-o", "export", "--no-pager"], capture_output=True).stdout
+look("journal", journal)
+print(json.dumps({{"files": files, "journal": len(journal), "found": found}}))
+'''
+
+
+def secrets(lab: Lab) -> dict[str, str]:
+    """Return every secret value of the lab's vault by name."""
+    variables = next(iter(lab.facts()["_meta"]["hostvars"].values()))
+    values: dict[str, str] = {}
+
+    def collect(name: str, value: Any) -> None:
+        if isinstance(value, str) and len(value) >= 20:
+            values[name] = value
+        elif isinstance(value, list):
+            for number, item in enumerate(value):
+                collect(f"{name}[{number}]", item)
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                collect(f"{name}.{key}", item)
+
+    for name, value in variables.items():
+        if name.startswith("vault_"):
+            collect(name, value)
+    return values
+
+
+def search_host(lab: Lab, host: str, values: dict[str, str]) -> dict[str, Any]:
+    """Look for *values* (plain, base64, URL-encoded) in every file, environment, argument list and journal of *host*."""
+    needles = []
+    for name, value in values.items():
+        forms = {"plain": value, "base64": base64.b64encode(value.encode()).decode(), "url": quote(value, safe="")}
+        needles += [(f"{name} ({form})", text.encode().hex()) for form, text in forms.items()]
+    answer = lab.ssh(host, SEARCH.format(needles=json.dumps(needles)), timeout=300)
+    assert answer.returncode == 0, answer.stderr
+    result: dict[str, Any] = json.loads(answer.stdout)
+    return result
+
+
+def test_no_secret_is_in_clear_on_any_host(lab: Lab) -> None:
+    values = secrets(lab)
+    assert len(values) >= 3, "the vault must hold the keyring, the database password and a token"
+    for host in lab.hosts:
+        result = search_host(lab, host, values)
+        assert result["files"] > 1000
+        assert result["found"] == [], f"{host}: secrets in clear"
+
+
+def test_the_search_for_secrets_finds_one(lab: Lab) -> None:
+    host = next(iter(lab.hosts))
+    name, value = next(iter(secrets(lab).items()))
+    planted = "/var/tmp/atlas-planted"
+    encoded = base64.b64encode(f"x={value}\n".encode()).decode()
+    try:
+        lab.ssh(host, f"base64 -d <<< {encoded} > {planted}")
+        found = search_host(lab, host, {name: value})["found"]
+    finally:
+        lab.ssh(host, f"rm -f {planted}")
+    assert [planted, f"{name} (plain)"] in found
+
+
+def test_no_unit_has_failed(lab: Lab) -> None:
+    for host in lab.hosts:
+        failed = lab.ssh(host, "systemctl list-units --failed --plain --no-legend | awk '{print $1}'").stdout.split()
+        # Loading kernel modules is the machine's business, not a container's.
+        assert [unit for unit in failed if unit != "systemd-modules-load.service"] == [], host
+
+
+def test_sshd_takes_keys_only_and_no_root(lab: Lab) -> None:
+    for host in lab.hosts:
+        effective = dict(
+            line.split(" ", 1) for line in lab.ssh(host, "sshd -T").stdout.splitlines() if " " in line
+        )
+        assert effective["passwordauthentication"] == "no", host
+        assert effective["kbdinteractiveauthentication"] == "no", host
+        assert effective["permitrootlogin"] in ("no", "prohibit-password", "without-password"), host
+        assert effective["x11forwarding"] == "no", host
+
+
+def test_security_upgrades_leave_haproxy_and_postgresql_alone(lab: Lab) -> None:
+    for host in lab.hosts:
+        dump = lab.ssh(host, "apt-config dump").stdout
+        assert 'APT::Periodic::Unattended-Upgrade "1"' in dump, host
+        excluded = [line for line in dump.splitlines() if line.startswith("Unattended-Upgrade::Package-Blacklist::")]
+        assert any("haproxy" in line for line in excluded), host
+        assert any("postgresql" in line for line in excluded), host
+
+
+def test_live_firewall_is_exactly_the_expected_one(lab: Lab) -> None:
+    for host in lab.hosts:
+        compare = lab.ssh(host, LIVE_RULESET_IS_EXPECTED)
+        assert compare.returncode == 0, f"{host}:\n{compare.stdout}{compare.stderr}"
+
+
+# The expected ruleset is loaded in a network namespace of its own, so that both are printed by the same nft.
+LIVE_RULESET_IS_EXPECTED = """
+set -eu
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+nft list ruleset > "$work/live"
+unshare --net bash -c 'nft -f /etc/nftables.conf && nft list ruleset' > "$work/expected"
+grep -q 'policy drop' "$work/expected"
+diff "$work/expected" "$work/live"
+"""
+
+
+def test_a_rule_added_by_hand_is_noticed(lab: Lab) -> None:
+    host = next(iter(lab.hosts))
+    try:
+        lab.ssh(host, "nft add table inet planted")
+        assert lab.ssh(host, LIVE_RULESET_IS_EXPECTED).returncode != 0
+    finally:
+        lab.ssh(host, "nft delete table inet planted")
+    assert lab.ssh(host, LIVE_RULESET_IS_EXPECTED).returncode == 0
+
+
+def answers(address: str, port: int) -> bool:
+    """Say whether a TCP connection from the controller to *address* succeeds within two seconds."""
+    try:
+        socket.create_connection((address, port), timeout=2).close()
+    except OSError:
+        return False
+    return True
+
+
+PORTS = [22, 80, 5432, 8101, 8102, 8111, 8112, 8404, 8405, 9100]
+PROBE = '''#python
+import json, socket
+open_ports = []
+for port in {ports}:
+    try:
+        socket.create_connection(("{address}", port), timeout=1).close()
+        open_ports.append(port)
+    except OSError:
+        pass
+print(json.dumps(open_ports))
+'''
+
+
+def allowed(lab: Lab, source: str, target: str) -> set[int]:
+    """Return the ports of *target* that *source* (a host, or "controller") may open a connection to."""
+    ports: set[int] = set()
+    if source == "controller":
+        ports.add(22)
+    if target in lab.group("edge"):
+        ports.add(80)
+    if target in lab.group("app") and source in lab.group("edge"):
+        ports.add(8101)  # blue is in service after the first deploy
+    if target in lab.group("database") and source in lab.group("app"):
+        ports.add(5432)
+    return ports
+
+
+def test_hosts_answer_only_whom_they_should(lab: Lab) -> None:
+    """Every host tries ten ports of every other one; the controller too. Idle slots listen on nothing."""
+    for target, address in lab.hosts.items():
+        seen = {port for port in PORTS if answers(address, port)}
+        assert seen == allowed(lab, "controller", target), f"controller -> {target}"
+        for source in lab.hosts:
+            if source == target:
+                continue
+            probe = lab.ssh(source, PROBE.format(ports=PORTS, address=address))
+            live = set(json.loads(probe.stdout)) - {8102} | ({8101} if 8102 in json.loads(probe.stdout) else set())
+            assert live == allowed(lab, source, target), f"{source} -> {target}"
+
+
+@pytest.mark.parametrize("playbook", ["site", "deploy"])
+def test_check_mode_on_a_converged_host_reports_no_change(lab: Lab, playbook: str) -> None:
+    run = lab.playbook(playbook, "--check", "--diff")
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+    recap = [line for line in run.stdout.splitlines() if "changed=" in line]
+    assert recap
+    assert all("changed=0" in line for line in recap), "\n".join(recap)

@@ -1,0 +1,41 @@
+"""Database hosts: checksums, who may connect, and what the service's role may do."""
+
+from __future__ import annotations
+
+from conftest import Lab
+
+
+def sql(lab: Lab, host: str, statement: str) -> str:
+    """Run *statement* as the superuser on *host*."""
+    answer = lab.ssh(host, f"cd / && runuser -u postgres -- psql -XAtd atlas <<'SQL'\n{statement}\nSQL\n")
+    assert answer.returncode == 0, answer.stderr
+    return answer.stdout.strip()
+
+
+def test_data_checksums_are_on(lab: Lab) -> None:
+    for host in lab.group("database"):
+        assert sql(lab, host, "SHOW data_checksums") == "on"
+
+
+def test_passwords_are_scram_and_the_owner_cannot_log_in(lab: Lab) -> None:
+    for host in lab.group("database"):
+        assert sql(lab, host, "SHOW password_encryption") == "scram-sha-256"
+        assert sql(lab, host, "SELECT rolcanlogin, rolsuper FROM pg_roles WHERE rolname = 'atlas'") == "f|f"
+        assert sql(lab, host, "SELECT rolcanlogin, rolsuper FROM pg_roles WHERE rolname = 'atlas_a'") == "t|f"
+        stored = sql(lab, host, "SELECT left(rolpassword, 13) FROM pg_authid WHERE rolname = 'atlas_a'")
+        assert stored == "SCRAM-SHA-256"
+
+
+def test_only_app_hosts_are_let_in(lab: Lab) -> None:
+    for host in lab.group("database"):
+        rules = sql(
+            lab, host, "SELECT address || ' ' || auth_method FROM pg_hba_file_rules WHERE type LIKE 'host%' ORDER BY 1"
+        ).splitlines()
+        addresses = {rule.split()[0].split("/")[0] for rule in rules}
+        assert addresses - {"127.0.0.1", "::1"} == {lab.hosts[name] for name in lab.group("app")}
+        assert {rule.split()[1] for rule in rules} == {"scram-sha-256"}
+
+
+def test_a_forgotten_transaction_is_ended(lab: Lab) -> None:
+    for host in lab.group("database"):
+        assert sql(lab, host, "SHOW idle_in_transaction_session_timeout") not in ("0", "")

@@ -1,0 +1,45 @@
+"""Filters that turn inventory data into what roles take."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+DOCUMENTATION = """
+name: token_credentials
+short_description: API tokens as the service stores them
+description: Replaces each token by its SHA-256 digest and returns the list as JSON.
+positional: _input
+options:
+  _input:
+    description: Tokens, each with C(name), C(token), C(scopes) and C(limits).
+    type: list
+    elements: dict
+    required: true
+"""
+
+
+def token_credentials(tokens: Iterable[Mapping[str, Any]]) -> str:
+    """Return *tokens* as the JSON credential ``tokens``: name, sha256 (hex), scopes, limits; the token itself stays out."""
+    return json.dumps(
+        [
+            {
+                "name": token["name"],
+                "sha256": hashlib.sha256(token["token"].encode()).hexdigest(),
+                "scopes": list(token["scopes"]),
+                "limits": token.get("limits"),
+            }
+            for token in tokens
+        ],
+        sort_keys=True,
+    )
+
+
+class FilterModule:
+    """Ansible's entry point to the filters above."""
+
+    def filters(self) -> dict[str, Any]:
+        """Return the filters by name."""
+        return {"token_credentials": token_credentials}
