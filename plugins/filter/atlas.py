@@ -22,7 +22,7 @@ options:
 
 
 def token_credentials(tokens: Iterable[Mapping[str, Any]]) -> str:
-    """Return *tokens* as the JSON credential ``tokens``: name, sha256 (hex), scopes, limits; the token itself stays out."""
+    """Return *tokens* as the JSON credential ``tokens``: name, sha256 (hex), scopes, limits."""
     return json.dumps(
         [
             {

@@ -9,9 +9,9 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
-from conftest import Lab
+from labtest import Lab
 
-SEARCH = '''#python
+SEARCH = """#python
 import mmap, os, subprocess, sys, json
 NEEDLES = {needles}
 MINE = {{os.getpid(), os.getppid()}}
@@ -48,7 +48,7 @@ for pid in filter(str.isdigit, os.listdir("/proc")):
 journal = subprocess.run(["journalctl", "-o", "export", "--no-pager"], capture_output=True).stdout
 look("journal", journal)
 print(json.dumps({{"files": files, "journal": len(journal), "found": found}}))
-'''
+"""
 
 
 def secrets(lab: Lab) -> dict[str, str]:
@@ -73,7 +73,7 @@ def secrets(lab: Lab) -> dict[str, str]:
 
 
 def search_host(lab: Lab, host: str, values: dict[str, str]) -> dict[str, Any]:
-    """Look for *values* (plain, base64, URL-encoded) in every file, environment, argument list and journal of *host*."""
+    """Look for *values* (plain, base64, URL-encoded) in all files, processes and journals of *host*."""
     needles = []
     for name, value in values.items():
         forms = {"plain": value, "base64": base64.b64encode(value.encode()).decode(), "url": quote(value, safe="")}
@@ -115,9 +115,7 @@ def test_no_unit_has_failed(lab: Lab) -> None:
 
 def test_sshd_takes_keys_only_and_no_root(lab: Lab) -> None:
     for host in lab.hosts:
-        effective = dict(
-            line.split(" ", 1) for line in lab.ssh(host, "sshd -T").stdout.splitlines() if " " in line
-        )
+        effective = dict(line.split(" ", 1) for line in lab.ssh(host, "sshd -T").stdout.splitlines() if " " in line)
         assert effective["passwordauthentication"] == "no", host
         assert effective["kbdinteractiveauthentication"] == "no", host
         assert effective["permitrootlogin"] in ("no", "prohibit-password", "without-password"), host
@@ -171,7 +169,7 @@ def answers(address: str, port: int) -> bool:
 
 
 PORTS = [22, 80, 5432, 8101, 8102, 8111, 8112, 8404, 8405, 9100]
-PROBE = '''#python
+PROBE = """#python
 import json, socket
 open_ports = []
 for port in {ports}:
@@ -181,7 +179,7 @@ for port in {ports}:
     except OSError:
         pass
 print(json.dumps(open_ports))
-'''
+"""
 
 
 def allowed(lab: Lab, source: str, target: str) -> set[int]:

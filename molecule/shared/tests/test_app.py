@@ -5,27 +5,9 @@ from __future__ import annotations
 import json
 import re
 
-from conftest import Lab
+from labtest import SERVICES, Lab, properties, slot_in_service
 
-SERVICES = ("api", "core", "services", "monitoring")
 MEMORY_BUDGET_MIB = 350
-
-
-def slot_in_service(lab: Lab, host: str) -> str:
-    """Return the slot whose target boot starts: the one in service."""
-    enabled = [
-        slot
-        for slot in ("blue", "green")
-        if lab.ssh(host, f"systemctl is-enabled atlas@{slot}.target").stdout.strip() == "enabled"
-    ]
-    assert len(enabled) == 1, f"{host}: {enabled}"
-    return enabled[0]
-
-
-def properties(lab: Lab, host: str, unit: str) -> dict[str, str]:
-    """Return ``systemctl show`` of *unit*."""
-    shown = lab.ssh(host, f"systemctl show {unit}").stdout.splitlines()
-    return dict(line.split("=", 1) for line in shown if "=" in line)
 
 
 def test_the_four_services_run_as_atlas(lab: Lab) -> None:

@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-from conftest import Lab
-
-
-def sql(lab: Lab, host: str, statement: str) -> str:
-    """Run *statement* as the superuser on *host*."""
-    answer = lab.ssh(host, f"cd / && runuser -u postgres -- psql -XAtd atlas <<'SQL'\n{statement}\nSQL\n")
-    assert answer.returncode == 0, answer.stderr
-    return answer.stdout.strip()
+from labtest import Lab, sql
 
 
 def test_data_checksums_are_on(lab: Lab) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from conftest import Lab
-from test_app import slot_in_service
+from labtest import Lab, slot_in_service
 
 
 def test_haproxy_runs_and_its_configuration_is_valid(lab: Lab) -> None:

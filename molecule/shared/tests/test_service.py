@@ -8,7 +8,7 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
-from conftest import Lab
+from labtest import Lab
 
 
 def submit(lab: Lab, text: str) -> str:

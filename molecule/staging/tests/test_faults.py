@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import threading
@@ -14,9 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PROJECT, Lab
-from test_app import SERVICES, properties, slot_in_service
-from test_database import sql
+from labtest import PROJECT, SERVICES, Lab, deployment, properties, slot_in_service, sql
 
 
 @contextmanager
@@ -148,9 +145,3 @@ def test_a_rolling_deploy_loses_no_request(lab: Lab, wait_for: Callable[..., Any
     assert failed == [], f"{len(failed)} of {len(outcomes)} requests failed"
     assert len(outcomes) >= 100
     settle(lab, [outcome[2] for outcome in outcomes], wait_for)
-
-
-def deployment(lab: Lab, host: str) -> int:
-    """Return the id of the deployment in service on *host*."""
-    slot = slot_in_service(lab, host)
-    return int(json.loads(lab.ssh(host, f"cat /opt/atlas/slots/{slot}/deployment.json").stdout)["id"])

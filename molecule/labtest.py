@@ -1,21 +1,18 @@
-"""What every check of a raised lab shares: the lab's access data, an HTTP client, and commands on its hosts."""
+"""What every check of a raised lab shares: the lab's access data, an HTTP client, and questions to its hosts."""
 
 from __future__ import annotations
 
 import json
 import os
 import subprocess
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-PROJECT = Path(os.environ.get("MOLECULE_PROJECT_DIRECTORY") or Path(__file__).resolve().parents[3])
+PROJECT = Path(os.environ.get("MOLECULE_PROJECT_DIRECTORY") or Path(__file__).resolve().parents[1])
+SERVICES = ("api", "core", "services", "monitoring")
 LAB_NAME = os.environ.get("LAB_NAME") or f"test-{os.environ.get('MOLECULE_SCENARIO_NAME', 'default')}"
 
 
@@ -90,7 +87,8 @@ class Lab:
 
     @staticmethod
     def _environment() -> dict[str, str]:
-        return {**os.environ, "ANSIBLE_CONFIG": str(PROJECT / "ansible.cfg"), "ANSIBLE_FORCE_COLOR": "0"}
+        own = {key: value for key, value in os.environ.items() if not key.startswith(("ANSIBLE_", "MOLECULE_"))}
+        return {**own, "ANSIBLE_CONFIG": str(PROJECT / "ansible.cfg"), "ANSIBLE_FORCE_COLOR": "0"}
 
     def http(
         self, method: str, path: str, body: Any = None, token: str | None = "", base: str = "", timeout: float = 15
@@ -120,25 +118,31 @@ def _answer(status: int, headers: Any, raw: bytes) -> Answer:
     return Answer(status, lowered, body)
 
 
-@pytest.fixture(scope="session")
-def lab() -> Iterator[Lab]:
-    """The lab under test."""
-    access = json.loads((PROJECT / ".lab" / LAB_NAME / "access.json").read_text())
-    yield Lab(LAB_NAME, access["url"], access["token"], access["hosts"], access["ssh_key"])
+def slot_in_service(lab: Lab, host: str) -> str:
+    """Return the slot whose target boot starts: the one in service."""
+    enabled = [
+        slot
+        for slot in ("blue", "green")
+        if lab.ssh(host, f"systemctl is-enabled atlas@{slot}.target").stdout.strip() == "enabled"
+    ]
+    assert len(enabled) == 1, f"{host}: {enabled}"
+    return enabled[0]
 
 
-@pytest.fixture(scope="session")
-def wait_for() -> Callable[..., Any]:
-    """Poll a condition until it returns something true, or fail at the deadline with what it returned last."""
+def properties(lab: Lab, host: str, unit: str) -> dict[str, str]:
+    """Return ``systemctl show`` of *unit*."""
+    shown = lab.ssh(host, f"systemctl show {unit}").stdout.splitlines()
+    return dict(line.split("=", 1) for line in shown if "=" in line)
 
-    def poll(condition: Callable[[], Any], seconds: float, what: str, pause: float = 0.3) -> Any:
-        deadline = time.monotonic() + seconds
-        while True:
-            result = condition()
-            if result:
-                return result
-            if time.monotonic() > deadline:
-                pytest.fail(f"not within {seconds:.0f} s: {what} (last: {result!r})")
-            time.sleep(pause)
 
-    return poll
+def sql(lab: Lab, host: str, statement: str) -> str:
+    """Run *statement* as the superuser on *host*."""
+    answer = lab.ssh(host, f"cd / && runuser -u postgres -- psql -XAtd atlas <<'SQL'\n{statement}\nSQL\n")
+    assert answer.returncode == 0, answer.stderr
+    return answer.stdout.strip()
+
+
+def deployment(lab: Lab, host: str) -> int:
+    """Return the id of the deployment in service on *host*."""
+    slot = slot_in_service(lab, host)
+    return int(json.loads(lab.ssh(host, f"cat /opt/atlas/slots/{slot}/deployment.json").stdout)["id"])

@@ -1,0 +1,45 @@
+# The commands of this project: make help
+MAKEFLAGS += --no-print-directory
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+ENV ?= development
+LAB ?= $(ENV)
+SCENARIOS := $(notdir $(patsubst %/molecule.yml,%,$(wildcard molecule/*/molecule.yml)))
+SCENARIO ?=
+VENV := .venv
+READY := bootstrap
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+-include make/*.mk
+
+.PHONY: help bootstrap up down vault test test-lab unit molecule
+
+help: ## this list
+	@echo "make COMMAND:"
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{ printf "  %-16s %s\n", $$1, $$2 }'
+
+bootstrap: ## Debian packages and the virtual environment
+	@bin/bootstrap
+
+up: ## raise a lab with Atlas in it [ENV=development] [LAB=$ENV]
+	@bin/up "$(ENV)" "$(LAB)"
+
+down: bootstrap ## remove what `make up` made for a lab [LAB=development]
+	@ANSIBLE_DISPLAY_OK_HOSTS=false ansible-playbook -i localhost, playbooks/lab_down.yml -e "lab_name=$(LAB)"
+
+vault: bootstrap ## secrets of a real environment, at first use: ENV=production
+	@$(VENV)/bin/python bin/new-vault "$(ENV)"
+
+test: ## everything that a change must pass
+	@bin/bootstrap --tests
+	@$(MAKE) lint unit test-lab molecule
+
+test-lab: bootstrap ## a lab on this machine: raised, hurt in each named way, gone without a trace
+	@$(VENV)/bin/pytest -q tests/lab
+
+molecule: release ## roles and playbooks on real hosts [SCENARIO=default]
+	@for scenario in $(or $(SCENARIO),$(SCENARIOS)); do \
+	  [[ -f molecule/$$scenario/molecule.yml ]] || { echo "There is no scenario $$scenario: $(SCENARIOS)" >&2; exit 2; }; \
+	  molecule test --scenario-name $$scenario || exit 1; \
+	done

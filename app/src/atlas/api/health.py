@@ -1,0 +1,86 @@
+"""/healthz (the process), /readyz (should it get traffic) and /health (the detail)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flask import Blueprint, Response, jsonify
+from sqlalchemy.exc import SQLAlchemyError
+
+from atlas import admission, presence
+from atlas.api.state import State, state
+from atlas.db import rfc3339
+from atlas.runtime import one_line
+
+blueprint = Blueprint("health", __name__)
+
+
+@blueprint.get("/healthz")
+def healthz() -> Response:
+    return jsonify(status="alive")
+
+
+@blueprint.get("/readyz")
+def readyz() -> tuple[Response, int]:
+    shared = state()
+    checks = _checks(shared)
+    is_ready = all(result == "ok" for result in checks.values())
+    answer = {"status": "ready" if is_ready else "not ready", "checks": checks} | _engine(shared)
+    return jsonify(answer), 200 if is_ready else 503
+
+
+@blueprint.get("/health")
+def health() -> Response:
+    return jsonify(detail(state()))
+
+
+def _checks(shared: State) -> dict[str, str]:
+    """Each check with "ok" or what is wrong. Without readable credentials the application would not have started."""
+    checks = {"database": "ok", "schema": "ok", "credentials": "ok", "draining": "ok"} | shared.pulse.problems()
+    if shared.draining():
+        checks["draining"] = "this process is stopping"
+    return checks
+
+
+def _engine(shared: State) -> dict[str, str | None]:
+    return {f"{shared.database.dialect}_version": shared.pulse.engine}
+
+
+def detail(shared: State) -> dict[str, Any]:
+    """The whole state of this slot as the API sees it; holds no secret."""
+    checks = _checks(shared)
+    found: dict[str, Any] = {
+        "status": "ok" if all(result == "ok" for result in checks.values()) else "degraded",
+        "release": shared.identity.release,
+        "deployment": shared.identity.deployment,
+        "slot": shared.identity.slot,
+        "host": shared.identity.host,
+        "environment": shared.settings.environment,
+        "checks": checks,
+        "database": {"dialect": shared.database.dialect, "version": shared.pulse.engine},
+        "keyring": {"keys": len(shared.keyring.fingerprints), "fingerprints": shared.keyring.fingerprints},
+        "queue": None,
+        "workers": [],
+        "admitted": [],
+    }
+    if checks["database"] != "ok":
+        return found
+    try:
+        stats = shared.queue.stats()
+        found["queue"] = {
+            **{name: stats.total(name) for name in ("ready", "running", "dead")},
+            "limit": shared.settings.queue_limit,
+            "oldest_ready_seconds": stats.oldest_ready_seconds,
+            "recent": dict(stats.events),
+        }
+        found["workers"] = [_worker(service) for service in presence.roster(shared.database)]
+        found["admitted"] = [entry.id for entry in admission.admissions(shared.database) if entry.admitted]
+    except (SQLAlchemyError, OSError) as error:
+        found["status"] = "degraded"
+        found["checks"]["database"] = f"does not answer: {one_line(error)}"
+    return found
+
+
+def _worker(service: presence.Presence) -> dict[str, Any]:
+    times = {"started_at": rfc3339(service.started_at), "seen_at": rfc3339(service.seen_at)}
+    return service.as_dict() | times | {"age_seconds": round(service.age_seconds, 3)}

@@ -1,0 +1,46 @@
+"""What this API process counts, for Prometheus."""
+
+from __future__ import annotations
+
+import os
+
+from flask import Blueprint, Response
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from prometheus_client.multiprocess import MultiProcessCollector
+
+blueprint = Blueprint("metrics", __name__)
+
+
+class HttpMetrics:
+    """Requests and submissions. With several worker processes, what is exposed is their sum."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self.requests = Counter(
+            "atlas_http_requests_total", "Requests answered.", ["method", "endpoint", "status"], registry=self._registry
+        )
+        self.seconds = Histogram(
+            "atlas_http_request_duration_seconds",
+            "Time to answer.",
+            ["endpoint"],
+            registry=self._registry,
+            buckets=(0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
+        )
+        self.submissions = Counter(
+            "atlas_documents_submitted_total", "Documents submitted.", ["outcome"], registry=self._registry
+        )
+
+    def render(self) -> bytes:
+        if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+            return generate_latest(self._registry)
+        together = CollectorRegistry()
+        MultiProcessCollector(together)  # type: ignore[no-untyped-call]
+        return generate_latest(together)
+
+
+@blueprint.get("/metrics")
+def metrics() -> Response:
+    from atlas.api.state import state  # noqa: PLC0415 - state needs HttpMetrics
+
+    return Response(state().metrics.render(), content_type=CONTENT_TYPE_PLAIN_0_0_4)

@@ -1,0 +1,70 @@
+"""Errors as application/problem+json (RFC 9457)."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from typing import Any
+
+import structlog
+from flask import Flask, Response, g, jsonify
+from sqlalchemy.exc import InterfaceError, OperationalError, TimeoutError
+from werkzeug.exceptions import HTTPException
+
+from atlas.documents import InvalidDocument, QueueFull
+from atlas.runtime import one_line
+
+log = structlog.get_logger("atlas.api")
+
+
+class Problem(Exception):
+    """An answer that is an error. `detail` is for the caller; `fields` are further members of the answer."""
+
+    def __init__(self, status: int, detail: str, headers: dict[str, str] | None = None, **fields: Any) -> None:
+        super().__init__(detail)
+        self.status = status
+        self.headers = headers or {}
+        self.fields = fields
+
+
+def answer(problem: Problem) -> Response:
+    response = jsonify(
+        type="about:blank",
+        title=HTTPStatus(problem.status).phrase,
+        status=problem.status,
+        detail=str(problem),
+        request_id=g.get("request_id"),
+        **problem.fields,
+    )
+    response.status_code = problem.status
+    response.mimetype = "application/problem+json"
+    response.headers.update(problem.headers)
+    return response
+
+
+def unavailable(detail: str, retry_after: int = 1) -> Problem:
+    return Problem(503, detail, {"Retry-After": str(retry_after)})
+
+
+def install(app: Flask) -> None:
+    """Turn every way in which a request can fail into a problem."""
+
+    def on_http(error: HTTPException) -> Response:
+        methods = getattr(error, "valid_methods", None)
+        headers = {"Allow": ", ".join(methods)} if methods else {}
+        return answer(Problem(error.code or 500, error.description or "", headers))
+
+    def on_store_away(error: Exception) -> Response:
+        log.error("the store failed a request", reason=one_line(error))
+        return answer(unavailable("the store does not answer; nothing was taken in"))
+
+    def on_unexpected(_error: Exception) -> Response:
+        log.exception("a request failed unexpectedly")
+        return answer(Problem(500, "the service failed; the log has the details under this request id"))
+
+    app.register_error_handler(Problem, answer)
+    app.register_error_handler(HTTPException, on_http)
+    app.register_error_handler(InvalidDocument, lambda error: answer(Problem(422, str(error))))
+    app.register_error_handler(QueueFull, lambda error: answer(unavailable(str(error), error.retry_after)))
+    for kind in (OperationalError, InterfaceError, TimeoutError):
+        app.register_error_handler(kind, on_store_away)
+    app.register_error_handler(Exception, on_unexpected)

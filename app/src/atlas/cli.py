@@ -1,0 +1,202 @@
+"""The `atlas` command. What is needed by one command alone is imported by it, so that all start fast and stay small."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import click
+from sqlalchemy import make_url
+
+import atlas
+from atlas.settings import SettingsError, load_identity, load_settings
+
+if TYPE_CHECKING:
+    from atlas.db import Database
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+SERVICES = {"api": "atlas.serve", "core": "atlas.core", "services": "atlas.services", "monitoring": "atlas.monitoring"}
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def cli() -> None:
+    """Atlas takes content in and never loses what it has acknowledged."""
+
+
+def main() -> None:
+    """Run the command. Whatever is wrong is said in one clear line: exit 2 for settings, 1 for the rest."""
+    from sqlalchemy.exc import SQLAlchemyError  # noqa: PLC0415
+
+    from atlas.crypto import KeyringError  # noqa: PLC0415
+
+    try:
+        cli.main(prog_name="atlas", standalone_mode=True)
+    except SettingsError as error:
+        click.echo(str(error), err=True)
+        sys.exit(EXIT_USAGE)
+    except KeyringError as error:
+        click.echo(f"credentials: {error}", err=True)
+        sys.exit(EXIT_USAGE)
+    except (SQLAlchemyError, OSError) as error:
+        reason = " ".join(str(getattr(error, "orig", None) or error).split())
+        click.echo(f"atlas: the database does not answer: {reason}", err=True)
+        sys.exit(EXIT_FAILED)
+
+
+@contextmanager
+def open_database() -> Iterator[Database]:
+    from atlas.db import Database  # noqa: PLC0415
+
+    database = Database(load_settings())
+    try:
+        yield database
+    finally:
+        database.close()
+
+
+def report(values: Any, as_json: bool, text: str) -> None:
+    click.echo(json.dumps(values) if as_json else text)
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+@cli.command()
+@click.argument("service", type=click.Choice(list(SERVICES)))
+def serve(service: str) -> None:
+    """Run one of the four services until SIGTERM."""
+    importlib.import_module(SERVICES[service]).run()
+
+
+@cli.command()
+@json_option
+def version(as_json: bool) -> None:
+    """Print the version of this release."""
+    values = {"version": atlas.__version__, "python": ".".join(map(str, sys.version_info[:3]))}
+    report(values, as_json, f"atlas {atlas.__version__}")
+
+
+@cli.group()
+def config() -> None:
+    """The settings of a deployment."""
+
+
+@config.command("check")
+@json_option
+def config_check(as_json: bool) -> None:
+    """Check the settings file that ATLAS_SETTINGS names: exit 2 with one line for each finding."""
+    try:
+        settings = load_settings()
+        load_identity(settings)
+    except SettingsError as error:
+        if not as_json:
+            raise
+        report({"valid": False, "source": error.source, "findings": error.findings}, True, "")
+        sys.exit(EXIT_USAGE)
+    report({"valid": True, "findings": []}, as_json, "settings are valid")
+
+
+@cli.group()
+def db() -> None:
+    """The schema of the store."""
+
+
+@db.command("migrate")
+@json_option
+def db_migrate(as_json: bool) -> None:
+    """Bring the schema to this release's head, by changes that older releases can live with."""
+    from atlas.migrations import MigrationError, migrate  # noqa: PLC0415
+
+    with open_database() as database:
+        try:
+            before, after = migrate(database)
+        except MigrationError as error:
+            raise click.ClickException(str(error)) from None
+    values = {"from": before, "to": after, "changed": before != after}
+    report(values, as_json, f"schema is at {after}" + (f" (was {before or 'empty'})" if before != after else ""))
+
+
+@db.command("status")
+@json_option
+def db_status(as_json: bool) -> None:
+    """Say where the schema is, and whether this release can serve on it."""
+    from atlas.migrations import SchemaStatus, head, status  # noqa: PLC0415
+
+    path = make_url(load_settings().database_url)
+    if path.get_backend_name() == "sqlite" and not os.path.exists(path.database or ""):
+        found = SchemaStatus(None, head(), False, False)
+    else:
+        with open_database() as database:
+            found = status(database)
+    fit = "fits" if found.compatible else "does not fit"
+    report(
+        found.as_dict(), as_json, f"schema is at {found.current or 'nothing'}; head {found.head}; {fit} this release"
+    )
+
+
+@cli.group()
+def tokens() -> None:
+    """API tokens."""
+
+
+@tokens.command("apply")
+@json_option
+def tokens_apply(as_json: bool) -> None:
+    """Make the store hold exactly the tokens of the credential `tokens`."""
+    from atlas.tokens import Tokens  # noqa: PLC0415
+
+    with open_database() as database:
+        changed = Tokens(database).apply(load_settings().tokens)
+    report({"changed": changed}, as_json, f"{changed} tokens changed")
+
+
+@cli.group()
+def admission() -> None:
+    """Which deployments may claim jobs and lead."""
+
+
+@admission.command("admit")
+@click.argument("deployment", type=click.IntRange(min=0))
+@click.option("--concurrency", type=click.IntRange(min=1), help="How many jobs it may have running at once.")
+@json_option
+def admission_admit(deployment: int, concurrency: int | None, as_json: bool) -> None:
+    """Let a deployment claim jobs."""
+    from atlas.admission import admit  # noqa: PLC0415
+
+    with open_database() as database:
+        changed = admit(database, deployment, concurrency)
+    report({"id": deployment, "changed": changed}, as_json, f"deployment {deployment} is admitted")
+
+
+@admission.command("dismiss")
+@click.argument("deployment", type=click.IntRange(min=0))
+@json_option
+def admission_dismiss(deployment: int, as_json: bool) -> None:
+    """Let a deployment claim no more jobs."""
+    from atlas.admission import dismiss  # noqa: PLC0415
+
+    with open_database() as database:
+        changed = dismiss(database, deployment)
+    report({"id": deployment, "changed": changed}, as_json, f"deployment {deployment} is dismissed")
+
+
+@admission.command("list")
+@json_option
+def admission_list(as_json: bool) -> None:
+    """List what was decided for each deployment."""
+    from atlas.admission import admissions  # noqa: PLC0415
+
+    with open_database() as database:
+        found = admissions(database)
+    lines = [
+        f"{entry.id} {'admitted' if entry.admitted else 'dismissed'}"
+        + (f" (at most {entry.concurrency} at once)" if entry.concurrency else "")
+        for entry in found
+    ]
+    report([entry.as_dict() for entry in found], as_json, "\n".join(lines) or "no deployment was admitted yet")

@@ -1,0 +1,185 @@
+"""Connections to the store: SQLite or PostgreSQL behind one small interface.
+
+Times in the store are whole milliseconds since the Unix epoch, by the clock of the database.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any, cast
+from urllib.parse import quote
+
+from pysqlite3 import dbapi2 as sqlite
+from sqlalchemy import (
+    URL,
+    BigInteger,
+    ColumnElement,
+    Connection,
+    Engine,
+    Table,
+    create_engine,
+    event,
+    inspect,
+    literal,
+    literal_column,
+    make_url,
+    select,
+    text,
+)
+from sqlalchemy.dialects import postgresql as postgresql_dialect
+from sqlalchemy.dialects import sqlite as sqlite_dialect
+from sqlalchemy.pool import QueuePool
+
+from atlas.settings import Settings
+
+BUSY_TIMEOUT_MS = 10_000
+PG_NOW = "(extract(epoch from statement_timestamp()) * 1000)::bigint"
+
+
+def rfc3339(milliseconds: int | None) -> str | None:
+    """A stored time as RFC 3339 in UTC, with milliseconds."""
+    if milliseconds is None:
+        return None
+    moment = datetime.fromtimestamp(milliseconds / 1000, UTC)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+class Database:
+    """The store. `clock` replaces the database's clock in tests (milliseconds)."""
+
+    def __init__(self, settings: Settings, clock: Callable[[], int] | None = None) -> None:
+        secret = settings.database_password
+        self._open(
+            make_url(settings.database_url),
+            secret.get_secret_value() if secret else None,
+            settings.database_role,
+            settings.api_threads + settings.core_concurrency,
+        )
+        self.clock = clock
+
+    @classmethod
+    def from_url(
+        cls,
+        url: str,
+        password: str | None = None,
+        role: str | None = None,
+        *,
+        clock: Callable[[], int] | None = None,
+        pool_size: int = 8,
+    ) -> Database:
+        self = cls.__new__(cls)
+        self._open(make_url(url), password, role, pool_size)
+        self.clock = clock
+        return self
+
+    def _open(self, url: URL, password: str | None, role: str | None, pool_size: int) -> None:
+        self.dialect = url.get_backend_name()
+        if self.dialect == "sqlite":
+            path = url.database or ""
+            # One writing connection for each process: its threads queue for it instead of polling SQLite's lock.
+            self._writer = _sqlite_engine(path, "rwc", 1)
+            self._reader = _sqlite_engine(path, "ro", pool_size)
+        else:
+            options = "-c idle_in_transaction_session_timeout=30000 -c lock_timeout=10000"
+            # A role in the options survives a rollback, which would undo SET ROLE.
+            if role is not None:
+                options += f" -c role={role}"
+            self._writer = create_engine(
+                url.set(password=password) if password else url,
+                connect_args={"options": options, "application_name": "atlas", "connect_timeout": 10},
+                pool_size=pool_size,
+                max_overflow=pool_size,
+                pool_pre_ping=True,
+                hide_parameters=True,
+            )
+            self._reader = self._writer.execution_options(postgresql_readonly=True)
+
+    @contextmanager
+    def read(self) -> Iterator[Connection]:
+        """A connection that sees one state of the store and cannot change it."""
+        with self._reader.begin() as connection:
+            yield connection
+
+    @contextmanager
+    def write(self) -> Iterator[Connection]:
+        """A transaction: committed, durably, at the end of the block; rolled back if it raises."""
+        with self._writer.begin() as connection:
+            yield connection
+
+    def insert(self, table: Table) -> Any:
+        """An INSERT that knows ON CONFLICT, in the dialect of this store."""
+        return postgresql_dialect.insert(table) if self.dialect == "postgresql" else sqlite_dialect.insert(table)
+
+    def clock_expression(self) -> ColumnElement[int]:
+        """The current time as an SQL expression; constant within a statement, so that indexes serve it."""
+        if self.clock is not None:
+            return literal(self.clock(), BigInteger)
+        if self.dialect == "postgresql":
+            return literal_column(PG_NOW, BigInteger)
+        return literal(time.time_ns() // 1_000_000, BigInteger)
+
+    def now(self, connection: Connection) -> int:
+        """The time of the database's clock in milliseconds."""
+        return cast(int, connection.scalar(select(self.clock_expression())))
+
+    def revision(self) -> str | None:
+        """The schema revision of the store; None if it was never migrated."""
+        with self.read() as connection:
+            if not inspect(connection).has_table("alembic_version"):
+                return None
+            return cast("str | None", connection.scalar(text("SELECT version_num FROM alembic_version")))
+
+    def version(self) -> str:
+        """The version of the database engine."""
+        if self.dialect == "sqlite":
+            return str(sqlite.sqlite_version)
+        with self.read() as connection:
+            return str(connection.scalar(text("SHOW server_version")))
+
+    def close(self) -> None:
+        self._reader.dispose()
+        self._writer.dispose()
+
+
+def _sqlite_engine(path: str, mode: str, pool_size: int) -> Engine:
+    def connect() -> Any:
+        connection = sqlite.connect(
+            f"file:{quote(path)}?mode={mode}", uri=True, isolation_level=None, check_same_thread=False
+        )
+        pragmas = [f"busy_timeout={BUSY_TIMEOUT_MS}", "foreign_keys=ON", "cache_size=-8192"]
+        if mode != "ro":
+            pragmas += ["synchronous=FULL", "journal_size_limit=67108864"]
+        for pragma in pragmas:
+            connection.execute(f"PRAGMA {pragma}")
+        if mode != "ro":
+            _use_wal(connection)
+        return connection
+
+    engine = create_engine(
+        "sqlite://",
+        module=sqlite,
+        creator=connect,
+        poolclass=QueuePool,
+        pool_size=pool_size,
+        max_overflow=0 if mode != "ro" else pool_size,
+        hide_parameters=True,
+    )
+    statement = "BEGIN" if mode == "ro" else "BEGIN IMMEDIATE"
+    event.listen(engine, "begin", lambda connection: connection.exec_driver_sql(statement))
+    return engine
+
+
+def _use_wal(connection: Any) -> None:
+    # The first switch of a new file fails at once, whatever the timeout, when two processes try it together.
+    deadline = time.monotonic() + BUSY_TIMEOUT_MS / 1000
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)

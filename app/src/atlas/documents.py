@@ -1,0 +1,361 @@
+"""Documents: taken in once, together with their job; stored when processed; found again by full-text search."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import secrets
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy import Connection, bindparam, case, delete, func, or_, select, update
+
+from atlas.crypto import Keyring
+from atlas.db import Database, rfc3339
+from atlas.queue import DAY_MS, NewJob, Queue, Result, clean
+from atlas.schema import PRIORITIES, documents, job_events, jobs
+from atlas.search import find
+from atlas.settings import Settings
+from atlas.urls import normalise_url
+
+DEPTH_CACHE_SECONDS = 0.5
+_ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
+
+
+class InvalidDocument(ValueError):
+    """A submission that cannot be taken in; the message begins with the field."""
+
+
+class QueueFull(Exception):
+    """The queue has reached its limit; try again after `retry_after` seconds."""
+
+    def __init__(self, limit: int, retry_after: int = 5) -> None:
+        super().__init__(f"the queue holds its limit of {limit} jobs")
+        self.retry_after = retry_after
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A document on its way in: either `url` or `content` with its type. `sensitive` is stored encrypted."""
+
+    url: str | None = None
+    content: str | None = None
+    content_type: str | None = None
+    title: str | None = None
+    tags: Sequence[str] = ()
+    priority: int = PRIORITIES["normal"]
+    sensitive: Mapping[str, Any] | None = None
+    submitted_by: str | None = None
+    request_id: str | None = None
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """The answer to a submission. `created` is false for a duplicate, whose id is that of the first."""
+
+    id: str
+    job_id: int | None
+    status: str
+    created: bool
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a worker needs of a document."""
+
+    id: str
+    url: str | None
+    content: str | None
+    content_type: str | None
+    title: str | None
+    sensitive: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """What a worker made of a document: the `value` of its Result."""
+
+    text: str
+    title: str | None = None
+    content_type: str | None = None
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Document:
+    """A document as it is shown. `applied` counts its finishes: anything but 0 or 1 is a fault."""
+
+    id: str
+    job_id: int | None
+    status: str
+    url: str | None
+    title: str | None
+    content_type: str | None
+    tags: Sequence[str]
+    content_hash: str | None
+    created_at: int
+    processed_at: int | None
+    applied: int
+    error_class: str | None
+    error: str | None
+    meta: Mapping[str, Any] | None
+    text: str | None = None
+    rank: float | None = None
+    snippet: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON holds it: times in RFC 3339, no empty search fields."""
+        values = {key: getattr(self, key) for key in self.__dataclass_fields__}
+        values["tags"] = list(self.tags)
+        values["created_at"], values["processed_at"] = rfc3339(self.created_at), rfc3339(self.processed_at)
+        return {key: value for key, value in values.items() if value is not None or key not in ("rank", "snippet")}
+
+
+@dataclass(frozen=True)
+class Page:
+    """Part of a list; `next` is the cursor of the following part."""
+
+    items: Sequence[Document]
+    total: int
+    next: str | None
+
+
+# A document has one job; when retention has removed it, what was stored tells the rest.
+STATUS = case(
+    (jobs.c.state == "ready", "queued"),
+    (jobs.c.state == "running", "processing"),
+    (documents.c.processed_at.is_not(None), "processed"),
+    else_="dead",
+)
+_APPLIED = (
+    select(func.count())
+    .where(job_events.c.document_id == documents.c.id, job_events.c.event == "finished")
+    .scalar_subquery()
+)
+_SHOWN = {name: documents.c[name] for name in list(documents.c.keys()) if name in Document.__dataclass_fields__}
+_COLUMNS = _SHOWN | {
+    "job_id": jobs.c.id,
+    "status": STATUS,
+    "applied": _APPLIED,
+    "error_class": jobs.c.error_class,
+    "error": jobs.c.error,
+}
+_SUMMARY = [column.label(name) for name, column in _COLUMNS.items() if name != "text"]
+_FULL = [*_SUMMARY, documents.c.text]
+_WITH_JOB = documents.outerjoin(jobs, jobs.c.document_id == documents.c.id)
+
+
+class Documents:
+    """The documents of the store. `queue` receives their jobs; `settings` gives the limits."""
+
+    def __init__(self, database: Database, queue: Queue, keyring: Keyring, settings: Settings) -> None:
+        self.database = database
+        self.queue = queue
+        self.keyring = keyring
+        self.settings = settings
+        self._depth = (float("-inf"), 0)
+        self._depth_lock = threading.Lock()
+
+    def submit(self, submission: Submission) -> Submitted:
+        """Take in one document; see `submit_many`."""
+        return self.submit_many([submission])[0]
+
+    def submit_many(self, submissions: Sequence[Submission]) -> list[Submitted]:
+        """Take in documents, each with its job, in one transaction that is durable when this returns.
+
+        A document that is already known, or that another submission brings at the same moment, is not taken in
+        again. Raises InvalidDocument or QueueFull, and then takes in none of them.
+        """
+        rows = [self._row(submission) for submission in submissions]
+        return self._commit(rows, submissions)
+
+    def _commit(self, rows: Sequence[dict[str, Any]], submissions: Sequence[Submission]) -> list[Submitted]:
+        # The only way in: a writer that groups the submissions of many threads belongs here.
+        with self.database.write() as connection:
+            self._check_depth(connection, len(rows))
+            return self._insert(connection, rows, submissions)
+
+    def _insert(
+        self, connection: Connection, rows: Sequence[dict[str, Any]], submissions: Sequence[Submission]
+    ) -> list[Submitted]:
+        now = self.database.now(connection)
+        # In one order everywhere, so that overlapping batches cannot deadlock.
+        ordered = sorted(rows, key=lambda row: str(row["dedupe_key"]))
+        statement = self.database.insert(documents).on_conflict_do_nothing(index_elements=["dedupe_key"])
+        created = set(
+            connection.scalars(statement.returning(documents.c.id), [row | {"created_at": now} for row in ordered])
+        )
+        new = [
+            NewJob(document_id=row["id"], priority=submission.priority, request_id=submission.request_id)
+            for row, submission in zip(rows, submissions, strict=True)
+            if row["id"] in created
+        ]
+        job_ids = {document: job for job, document in self.queue.enqueue_many(connection, new)} if new else {}
+        keys = [row["dedupe_key"] for row in rows if row["id"] not in created]
+        known = {}
+        if keys:
+            found = select(documents.c.dedupe_key, documents.c.id, jobs.c.id, STATUS).select_from(_WITH_JOB)
+            for key, document, job, status in connection.execute(found.where(documents.c.dedupe_key.in_(keys))):
+                known[key] = Submitted(document, job, status, False)
+        return [
+            Submitted(row["id"], job_ids[row["id"]], "queued", True)
+            if row["id"] in created
+            else known[row["dedupe_key"]]
+            for row in rows
+        ]
+
+    def _check_depth(self, connection: Connection, adding: int) -> None:
+        # Counted twice a second, not for each submission; what this process adds in between is counted exactly.
+        with self._depth_lock:
+            counted_at, depth = self._depth
+            if time.monotonic() - counted_at > DEPTH_CACHE_SECONDS:
+                counted_at, depth = time.monotonic(), self.queue.depth(connection)
+            if depth + adding > self.settings.queue_limit:
+                self._depth = (counted_at, depth)
+                raise QueueFull(self.settings.queue_limit)
+            self._depth = (counted_at, depth + adding)
+
+    def _row(self, submission: Submission) -> dict[str, Any]:
+        if (submission.url is None) == (submission.content is None):
+            raise InvalidDocument("url: give either url or content")
+        if submission.priority not in PRIORITIES.values():
+            raise InvalidDocument(f"priority: must be one of {', '.join(PRIORITIES)}")
+        source = None if submission.content is None else clean(submission.content)
+        url = None if submission.url is None else _normalised(submission.url)
+        kind, identity = ("url", url or "") if source is None else ("content", f"{submission.content_type}\0{source}")
+        sensitive = json.dumps(dict(submission.sensitive)) if submission.sensitive else None
+        return {
+            "id": new_id(),
+            "dedupe_key": f"{kind}:{hashlib.sha256(identity.encode()).hexdigest()}",
+            "url": url,
+            "content_type": submission.content_type,
+            "source": source,
+            "title": None if submission.title is None else clean(submission.title),
+            "tags": [clean(tag) for tag in submission.tags],
+            "sensitive": self.keyring.encrypt(sensitive) if sensitive else None,
+            "sensitive_key": self.keyring.fingerprints[0] if sensitive else None,
+            "submitted_by": submission.submitted_by,
+        }
+
+    def work(self, ids: Sequence[str]) -> dict[str, Work]:
+        """What is to be processed, by document id. Raises KeyringError if a sensitive field cannot be read."""
+        names = ("id", "url", "content_type", "title", "sensitive")
+        columns = [*(documents.c[name] for name in names), documents.c.source.label("content")]
+        with self.database.read() as connection:
+            query = select(*columns).where(documents.c.id.in_(ids))
+            rows = connection.execute(query).all()
+        return {row.id: Work(**dict(row._mapping) | {"sensitive": self._opened(row.sensitive)}) for row in rows}
+
+    def _opened(self, sensitive: str | None) -> dict[str, Any]:
+        return {} if sensitive is None else dict(json.loads(self.keyring.decrypt(sensitive)))
+
+    def store(self, connection: Connection, results: Sequence[Result]) -> None:
+        """Store what was extracted: the `store` of `Queue.finish`."""
+        now = self.database.now(connection)
+        values = [
+            {
+                "b_id": result.job.document_id,
+                "b_title": None if result.value.title is None else clean(result.value.title),
+                "b_text": clean(result.value.text),
+                "b_hash": hashlib.sha256(clean(result.value.text).encode()).hexdigest(),
+                "b_type": result.value.content_type,
+                "b_meta": dict(result.value.meta),
+            }
+            for result in results
+            if isinstance(result.value, Extracted)
+        ]
+        if values:
+            statement = update(documents).where(documents.c.id == bindparam("b_id"))
+            connection.execute(
+                statement.values(
+                    title=func.coalesce(documents.c.title, bindparam("b_title", type_=documents.c.title.type)),
+                    text=bindparam("b_text"),
+                    content_hash=bindparam("b_hash"),
+                    content_type=func.coalesce(
+                        bindparam("b_type", type_=documents.c.title.type), documents.c.content_type
+                    ),
+                    meta=bindparam("b_meta", type_=documents.c.meta.type),
+                    processed_at=now,
+                ),
+                values,
+            )
+
+    def get(self, document_id: str) -> Document | None:
+        with self.database.read() as connection:
+            query = select(*_FULL).select_from(_WITH_JOB).where(documents.c.id == document_id)
+            row = connection.execute(query).mappings().one_or_none()
+        return Document(**row) if row else None
+
+    def list(self, limit: int = 50, cursor: str | None = None) -> Page:
+        """Documents, newest first, without their text. Raises InvalidDocument for a cursor that is none of ours."""
+        query = select(documents.c.seq, *_SUMMARY).select_from(_WITH_JOB).order_by(documents.c.seq.desc())
+        if cursor is not None:
+            query = query.where(documents.c.seq < _position(cursor))
+        with self.database.read() as connection:
+            rows = connection.execute(query.limit(limit + 1)).all()
+            total = connection.scalar(select(func.count()).select_from(documents)) or 0
+        return Page(_build(rows[:limit]), total, str(rows[limit - 1].seq) if len(rows) > limit else None)
+
+    def search(self, query: str, limit: int = 20, cursor: str | None = None) -> Page:
+        """Documents that match, best first, each with its rank and a snippet (matches between `**`), without text.
+
+        All words must match; "a phrase", `or` and -without are understood. Any text is a valid query.
+        """
+        offset = 0 if cursor is None else _position(cursor)
+        with self.database.read() as connection:
+            total, matches = find(connection, clean(query), limit, offset)
+            found = [match.seq for match in matches]
+            rows = connection.execute(
+                select(documents.c.seq, *_SUMMARY).select_from(_WITH_JOB).where(documents.c.seq.in_(found))
+            ).all()
+        extra = {match.seq: {"rank": match.rank, "snippet": match.snippet} for match in matches}
+        items = _build(sorted(rows, key=lambda row: found.index(row.seq)), extra)
+        return Page(items, total, str(offset + limit) if offset + limit < total else None)
+
+    def clean(self, limit: int = 1000) -> dict[str, int]:
+        """Remove what retention has ended, at most `limit` of each kind: how many of each."""
+        with self.database.write() as connection:
+            now = self.database.now(connection)
+            dead_before = now - int(self.settings.dead_letter_retention_hours * 3_600_000)
+            done_before = now - int(self.settings.job_retention_days * DAY_MS)
+            ended = or_(
+                (jobs.c.state == "dead") & (jobs.c.finished_at < dead_before),
+                (jobs.c.state == "done") & (jobs.c.finished_at < done_before),
+            )
+            old = connection.execute(select(jobs.c.id, jobs.c.document_id).where(ended).limit(limit)).all()
+            connection.execute(delete(jobs).where(jobs.c.id.in_([row.id for row in old])))
+            unprocessed = documents.c.id.in_([row.document_id for row in old]) & documents.c.processed_at.is_(None)
+            removed = connection.execute(delete(documents).where(unprocessed))
+            return {"jobs": len(old), "documents": removed.rowcount}
+
+
+def _build(rows: Sequence[Any], extra: Mapping[int, Mapping[str, Any]] | None = None) -> list[Document]:
+    built = []
+    for row in rows:
+        values = dict(row._mapping)
+        seq = values.pop("seq")
+        built.append(Document(**values, **(extra or {}).get(seq, {})))
+    return built
+
+
+def _position(cursor: str) -> int:
+    if not re.fullmatch("[0-9]{1,18}", cursor):
+        raise InvalidDocument("cursor: is not one that a page of this list gave")
+    return int(cursor)
+
+
+def new_id() -> str:
+    """A new id: 26 characters that sort by time (48 bits of milliseconds, 80 random bits)."""
+    value = time.time_ns() // 1_000_000 << 80 | secrets.randbits(80)
+    return "".join(_ALPHABET[value >> shift & 31] for shift in range(125, -1, -5))
+
+
+def _normalised(url: str) -> str:
+    try:
+        return normalise_url(url)
+    except ValueError as error:
+        raise InvalidDocument(f"url: {error}") from None

@@ -1,0 +1,168 @@
+"""The tables. Every column that holds a time is in milliseconds since the Unix epoch."""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    SmallInteger,
+    Table,
+    Text,
+    false,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+
+metadata = MetaData()
+PRIORITIES = {"high": 0, "normal": 1, "low": 2}
+ANYONE = 0  # jobs.target of a job that any admitted deployment may claim
+
+Serial = BigInteger().with_variant(Integer, "sqlite")
+Json = JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
+
+# The state of a document is that of its only job: see documents.STATUS.
+documents = Table(
+    "documents",
+    metadata,
+    Column("seq", Serial, primary_key=True, autoincrement=True),
+    Column("id", Text, nullable=False, unique=True),
+    # "url:" or "content:" and a SHA-256: one key enforces both kinds of uniqueness.
+    Column("dedupe_key", Text, nullable=False, unique=True),
+    Column("url", Text),
+    Column("content_type", Text),
+    Column("source", Text),
+    Column("title", Text),
+    Column("tags", Json, nullable=False),
+    Column("text", Text),
+    Column("content_hash", Text),
+    Column("meta", Json),
+    # Ciphertext, and the fingerprint of its key, so that rotation can count what is left.
+    Column("sensitive", Text),
+    Column("sensitive_key", Text),
+    Column("submitted_by", Text),
+    Column("created_at", BigInteger, nullable=False),
+    Column("processed_at", BigInteger),
+    sqlite_autoincrement=True,
+)
+
+jobs = Table(
+    "jobs",
+    metadata,
+    Column("id", Serial, primary_key=True, autoincrement=True),
+    Column("kind", Text, nullable=False),
+    Column("document_id", Text, ForeignKey("documents.id", ondelete="CASCADE"), unique=True),
+    Column("payload", Json),
+    Column("priority", SmallInteger, nullable=False),
+    Column("state", Text, nullable=False),
+    # The deployment that alone may claim the job (a probe), or ANYONE.
+    Column("target", BigInteger, nullable=False, server_default=text("0")),
+    Column("run_at", BigInteger, nullable=False),
+    Column("attempts", Integer, nullable=False, server_default=text("0")),
+    # The fencing token: grows at each claim, so that a late finisher holds an old one.
+    Column("token", BigInteger, nullable=False, server_default=text("0")),
+    Column("lease_until", BigInteger),
+    Column("owner", Text),
+    Column("deployment", BigInteger),
+    Column("request_id", Text),
+    Column("error_class", Text),
+    Column("error", Text),
+    Column("created_at", BigInteger, nullable=False),
+    Column("finished_at", BigInteger),
+    CheckConstraint("state IN ('ready', 'running', 'done', 'dead')", name="jobs_state"),
+    CheckConstraint("priority BETWEEN 0 AND 2", name="jobs_priority"),
+    sqlite_autoincrement=True,
+)
+_READY, _RUNNING = text("state = 'ready'"), text("state = 'running'")
+_ENDED = text("state IN ('done', 'dead')")
+Index(
+    "jobs_ready",
+    jobs.c.target,
+    jobs.c.priority,
+    jobs.c.run_at,
+    jobs.c.id,
+    sqlite_where=_READY,
+    postgresql_where=_READY,
+)
+# lease_until is left out on purpose: on PostgreSQL a heartbeat then touches no index.
+Index("jobs_running", jobs.c.deployment, sqlite_where=_RUNNING, postgresql_where=_RUNNING)
+Index("jobs_ended", jobs.c.state, jobs.c.finished_at, sqlite_where=_ENDED, postgresql_where=_ENDED)
+
+# Append-only (a trigger refuses UPDATE): a double finish shows as two rows.
+job_events = Table(
+    "job_events",
+    metadata,
+    Column("id", Serial, primary_key=True, autoincrement=True),
+    Column("job_id", BigInteger, nullable=False),
+    Column("document_id", Text),
+    Column("event", Text, nullable=False),
+    Column("token", BigInteger, nullable=False),
+    Column("attempt", Integer, nullable=False),
+    Column("owner", Text),
+    Column("deployment", BigInteger),
+    Column("error_class", Text),
+    Column("error", Text),
+    Column("at", BigInteger, nullable=False),
+    sqlite_autoincrement=True,
+)
+Index("job_events_job", job_events.c.job_id)
+Index("job_events_document", job_events.c.document_id)
+Index("job_events_at", job_events.c.at)
+
+deployments = Table(
+    "deployments",
+    metadata,
+    Column("id", BigInteger, primary_key=True, autoincrement=False),
+    Column("admitted", Boolean, nullable=False, server_default=false()),
+    Column("concurrency", Integer),
+    Column("changed_at", BigInteger, nullable=False),
+)
+
+leases = Table(
+    "leases",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("owner", Text, nullable=False),
+    Column("deployment", BigInteger, nullable=False),
+    Column("until", BigInteger, nullable=False),
+)
+
+workers = Table(
+    "workers",
+    metadata,
+    Column("host", Text, primary_key=True),
+    Column("slot", Text, primary_key=True),
+    Column("service", Text, primary_key=True),
+    Column("deployment", BigInteger, nullable=False),
+    Column("release", Text, nullable=False),
+    Column("detail", Json),
+    Column("started_at", BigInteger, nullable=False),
+    Column("seen_at", BigInteger, nullable=False),
+)
+
+tokens = Table(
+    "tokens",
+    metadata,
+    Column("sha256", Text, primary_key=True),
+    Column("name", Text, nullable=False),
+    Column("scopes", Json, nullable=False),
+    Column("limits", Json),
+    Column("expires_at", BigInteger),
+    Column("disabled_at", BigInteger),
+    Column("created_at", BigInteger, nullable=False),
+)
+
+# Which revisions were applied, and of which phase: an older release reads here whether it can still serve.
+schema_revisions = Table(
+    "schema_revisions",
+    metadata,
+    Column("revision", Text, primary_key=True),
+    Column("phase", Text, nullable=False),
+    Column("applied_at", BigInteger, nullable=False),
+)

@@ -1,0 +1,226 @@
+"""atlas-api: gunicorn around the application.
+
+gunicorn itself would report ready as soon as its arbiter has booted. Here systemd hears READY when a worker has
+answered /healthz, and the watchdog is fed by the arbiter only while its workers answer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import os
+import socket
+import tempfile
+import time
+from typing import Any
+
+import structlog
+from flask import Flask
+from gunicorn.app.base import BaseApplication  # type: ignore[import-untyped]
+from gunicorn.arbiter import Arbiter  # type: ignore[import-untyped]
+from gunicorn.glogging import Logger  # type: ignore[import-untyped]
+from gunicorn.workers.base import Worker  # type: ignore[import-untyped]
+from gunicorn.workers.gthread import ThreadWorker  # type: ignore[import-untyped]
+
+from atlas import logs
+from atlas.runtime import service_port
+from atlas.settings import Identity, Settings, SettingsError, load_identity, load_settings
+from atlas.watchdog import Notifier
+
+GRACE_SECONDS = 45  # within the unit's TimeoutStopSec of 60
+WORKER_TIMEOUT_SECONDS = 20  # a hung worker is replaced before systemd would end the service
+KEEPALIVE_SECONDS = 75
+ANSWER_SECONDS = 10.0
+
+log = structlog.get_logger("atlas.serve")
+
+
+class HealthProbe:
+    """Asks /healthz over loopback without ever blocking: each call of `step` takes the question a little further."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._socket: socket.socket | None = None
+        self._asked_at = 0.0
+
+    def step(self) -> bool:
+        """Whether a good answer has arrived just now."""
+        try:
+            if self._socket is None:
+                self._ask()
+                return False
+            head = self._socket.recv(64)
+        except BlockingIOError:
+            if time.monotonic() - self._asked_at > ANSWER_SECONDS:
+                self.close()
+            return False
+        except OSError:
+            self.close()
+            return False
+        self.close()
+        return head.startswith(b"HTTP/1.1 200 ")
+
+    def _ask(self) -> None:
+        self._socket = socket.socket()
+        self._asked_at = time.monotonic()
+        self._socket.settimeout(0.5)
+        self._socket.connect(("127.0.0.1", self._port))
+        self._socket.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        self._socket.setblocking(False)
+
+    def close(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
+        self._socket = None
+
+
+class ServiceArbiter(Arbiter):  # type: ignore[misc]
+    """gunicorn's arbiter, which also tells systemd how its workers are."""
+
+    def __init__(self, app: Application) -> None:
+        self.probe = HealthProbe(app.port)
+        self._notifier = app.notifier
+        self._is_ready = False
+        self._pinged_at = float("-inf")
+        super().__init__(app)
+
+    def wait_for_signals(self, timeout: float = 1.0) -> list[int]:
+        signals: list[int] = super().wait_for_signals(timeout=timeout if self._is_ready else 0.1)
+        if not signals:
+            self._look()
+        return signals
+
+    def _look(self) -> None:
+        if time.monotonic() - self._pinged_at < min(1.0, self._notifier.interval / 2):
+            return
+        # The probe meets one worker; the others show by their own beat that they are not stuck.
+        beats = [time.monotonic() - worker.tmp.last_update() for worker in list(self.WORKERS.values())]
+        if len(beats) < self.num_workers or max(beats) > ANSWER_SECONDS or not self.probe.step():
+            return
+        self._pinged_at = time.monotonic()
+        if not self._is_ready:
+            self._is_ready = True
+            self._notifier.ready("serving")
+            log.info("ready", workers=len(beats))
+        self._notifier.ping()
+
+    def stop(self, graceful: bool = True) -> None:
+        self._notifier.stopping()
+        self.probe.close()
+        super().stop(graceful)
+
+
+class ServiceWorker(ThreadWorker):  # type: ignore[misc]
+    """gunicorn's threaded worker, which closes the door at once when it stops."""
+
+    def set_accept_enabled(self, enabled: bool) -> None:
+        super().set_accept_enabled(enabled)
+        if self.alive:
+            return
+        # Whoever came in before is served; whoever knocked later on a door left ajar would be reset in the end.
+        for listener in self.sockets:
+            known = -1
+            while self.nr_conns != known:
+                known = self.nr_conns
+                self.accept(listener)
+            listener.close()
+
+
+class JsonLogger(Logger):  # type: ignore[misc]
+    """Hands gunicorn's messages to our logging; requests are logged by the application."""
+
+    def setup(self, cfg: Any) -> None:
+        self.cfg = cfg
+        self.loglevel = logging.INFO
+        self.error_log.propagate = True
+
+    def access(self, *args: Any) -> None:
+        pass
+
+
+class Application(BaseApplication):  # type: ignore[misc]
+    """What gunicorn runs, configured by our settings and by nothing else."""
+
+    def __init__(self, settings: Settings, identity: Identity, port: int, notifier: Notifier) -> None:
+        self.settings = settings
+        self.identity = identity
+        self.port = port
+        self.notifier = notifier
+        super().__init__()
+
+    def load_config(self) -> None:
+        options = {
+            "bind": [f"{address}:{self.port}" for address in addresses(self.settings.api_bind_address)],
+            "worker_class": ServiceWorker,
+            "workers": self.settings.api_workers,
+            "threads": self.settings.api_threads,
+            "timeout": WORKER_TIMEOUT_SECONDS,
+            "graceful_timeout": GRACE_SECONDS,
+            "keepalive": KEEPALIVE_SECONDS,
+            "control_socket_disable": True,
+            "logger_class": JsonLogger,
+            "proc_name": "atlas-api",
+            "post_fork": lambda arbiter, _worker: arbiter.probe.close(),
+            "post_worker_init": _worker_begins,
+            "worker_exit": _worker_ends,
+        }
+        for name, value in options.items():
+            self.cfg.set(name, value)
+
+    def load(self) -> Flask:
+        from atlas.api import create_app  # noqa: PLC0415 - see run()
+
+        return create_app(self.settings, self.identity)
+
+    def run(self) -> None:
+        ServiceArbiter(self).run()
+
+
+def _worker_begins(worker: Worker) -> None:
+    shared = worker.wsgi.extensions["atlas"]
+    shared.draining = lambda: not worker.alive
+    shared.pulse.start()
+
+
+def _worker_ends(_arbiter: Arbiter, worker: Worker) -> None:
+    if isinstance(worker.wsgi, Flask):
+        worker.wsgi.extensions["atlas"].pulse.stop()
+        worker.wsgi.extensions["atlas"].database.close()
+
+
+def addresses(bind: str) -> list[str]:
+    """Where to listen: the address of the settings, and loopback, where the arbiter asks after its workers."""
+    return [bind] if bind in ("0.0.0.0", "127.0.0.1") else [bind, "127.0.0.1"]  # noqa: S104 - compared, not bound
+
+
+def check_free(bind: str, port: int) -> None:
+    """Raises SettingsError if the service could not listen there."""
+    for address in addresses(bind):
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        with socket.socket(family) as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                sock.bind((address.strip("[]"), port))
+            except OSError as error:
+                message = f"port {port} on {address} cannot be taken: {error.strerror}; see ss -ltnp"
+                raise SettingsError([f"api_bind_address: {message}"]) from None
+
+
+def run() -> None:
+    """Serve until SIGTERM; requests that have begun are answered before the process ends."""
+    notifier = Notifier()
+    settings = load_settings()
+    identity = load_identity(settings)
+    logs.configure(settings.log_level, "api", identity)
+    port = service_port(identity.slot, "api")
+    check_free(settings.api_bind_address, port)
+    with contextlib.ExitStack() as stack:
+        if settings.api_workers > 1:
+            # Read by prometheus_client when it is imported: several processes then count together.
+            directory = stack.enter_context(tempfile.TemporaryDirectory(dir=os.environ.get("RUNTIME_DIRECTORY")))
+            os.environ["PROMETHEUS_MULTIPROC_DIR"] = directory
+        import atlas.api  # noqa: F401, PLC0415 - before the fork, so that the workers share its memory
+
+        gc.freeze()
+        Application(settings, identity, port, notifier).run()

@@ -1,0 +1,277 @@
+"""The HTTP interface on both stores, through Flask's test client."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from conftest import open_database
+from cryptography.fernet import Fernet
+from flask import Flask
+from flask.testing import FlaskClient
+from sqlalchemy import select
+
+from atlas import db as db_module
+from atlas.api import create_app
+from atlas.api import state as state_module
+from atlas.api.auth import Limiter
+from atlas.db import Database
+from atlas.documents import Extracted
+from atlas.queue import Queue, Result
+from atlas.schema import documents
+from atlas.settings import Identity, Settings, TokenLimits, TokenSpec
+from atlas.tokens import Token, Tokens
+
+ALL = "atl_" + "a" * 43
+READ_ONLY = "atl_" + "r" * 43
+LIMITED = "atl_" + "l" * 43
+TEXT = {"content": "Some words to keep.", "content_type": "text/plain"}
+
+
+def digest(token: str) -> str:
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
+@pytest.fixture
+def app(database_url: str) -> Iterator[Flask]:
+    store = open_database(database_url)
+    Tokens(store).apply(
+        [
+            TokenSpec(name="all", sha256=digest(ALL), scopes=["ingest", "read", "operate"]),
+            TokenSpec(name="reader", sha256=digest(READ_ONLY), scopes=["read"]),
+            TokenSpec(name="limited", sha256=digest(LIMITED), scopes=["read"], limits=TokenLimits(per_minute=2)),
+        ]
+    )
+    store.close()
+    settings = Settings(
+        environment="development",
+        database_url=database_url,
+        database_role="atlas" if database_url.startswith("postgresql") else None,
+        fernet_keys=Fernet.generate_key().decode(),
+        content_limit_bytes=1000,
+        queue_limit=5,
+    )
+    app = create_app(settings, Identity(7, "0.1.0-0123456789ab", "green", "test1"))
+    yield app
+    app.extensions["atlas"].database.close()
+
+
+@pytest.fixture
+def client(app: Flask) -> FlaskClient:
+    client = app.test_client()
+    client.environ_base["HTTP_AUTHORIZATION"] = f"Bearer {ALL}"
+    return client
+
+
+def store_of(app: Flask) -> Database:
+    database: Database = app.extensions["atlas"].database
+    return database
+
+
+def as_worker(app: Flask) -> Queue:
+    """The queue as a worker of an admitted deployment sees it."""
+    from atlas import admission
+
+    admission.admit(store_of(app), 7)
+    return Queue(store_of(app), "worker", 7)
+
+
+def problem(answer: Any, status: int) -> dict[str, Any]:
+    assert answer.status_code == status, answer.text
+    assert answer.mimetype == "application/problem+json"
+    body: dict[str, Any] = answer.get_json()
+    assert body["status"] == status and body["title"] and body["request_id"] == answer.headers["X-Request-Id"]
+    return body
+
+
+def test_a_document_goes_in_and_comes_out(client: FlaskClient, app: Flask) -> None:
+    taken = client.post("/v1/documents", json=TEXT | {"title": "Words", "tags": ["x"], "priority": "high"})
+    assert taken.status_code == 202
+    body = taken.get_json()
+    assert body["status"] == "queued" and taken.headers["Location"] == f"/v1/documents/{body['id']}"
+    again = client.post("/v1/documents", json=TEXT)
+    assert again.status_code == 200 and again.get_json()["id"] == body["id"]
+    queue = as_worker(app)
+    queue.finish(
+        [Result(job, Extracted("Some words to keep.")) for job in queue.claim(9)],
+        app.extensions["atlas"].documents.store,
+    )
+    shown = client.get(f"/v1/documents/{body['id']}").get_json()
+    assert (shown["status"], shown["title"], shown["tags"], shown["applied"]) == ("processed", "Words", ["x"], 1)
+    assert shown["text"] == "Some words to keep." and re.fullmatch(r"[\d-]{10}T[\d:.]{12}Z", shown["created_at"])
+    found = client.get("/v1/documents?q=words").get_json()
+    assert found["total"] == 1 and found["items"][0]["id"] == body["id"] and "**words**" in found["items"][0]["snippet"]
+    listed = client.get("/v1/documents").get_json()
+    assert [item["id"] for item in listed["items"]] == [body["id"]] and "text" not in listed["items"][0]
+    job = client.get(f"/v1/jobs/{body['job_id']}").get_json()
+    assert (job["state"], job["priority"], [event["event"] for event in job["events"]]) == (
+        "done",
+        "high",
+        ["finished"],
+    )
+    assert "payload" not in job
+
+
+def test_202_means_committed(client: FlaskClient, app: Flask, monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = app.extensions["atlas"]
+    monkeypatch.setattr(shared.queue, "enqueue_many", lambda *_: 1 / 0)
+    problem(client.post("/v1/documents", json=TEXT), 500)
+    with store_of(app).read() as connection:
+        assert connection.execute(select(documents)).all() == []
+
+
+def test_lists_have_pages(client: FlaskClient) -> None:
+    ids = [client.post("/v1/documents", json=TEXT | {"content": f"n{number}"}).get_json()["id"] for number in range(3)]
+    first = client.get("/v1/documents?limit=2").get_json()
+    second = client.get(f"/v1/documents?limit=2&cursor={first['next']}").get_json()
+    assert [item["id"] for item in first["items"] + second["items"]] == ids[::-1] and second["next"] is None
+    for query in ("limit=0", "limit=201", "limit=x", "cursor=zzz"):
+        problem(client.get(f"/v1/documents?{query}"), 422)
+
+
+@pytest.mark.parametrize(
+    ("document", "field"),
+    [
+        ({}, "either url or content"),
+        ({"url": "http://a.test/", **TEXT}, "either url or content"),
+        ({"content": "x"}, "content_type"),
+        ({"content": "x", "content_type": "application/pdf"}, "content_type"),
+        ({"url": "file:///etc/passwd"}, "url"),
+        ({"url": "http://user:pw@a.test/"}, "url"),
+        ({"url": "http://a.test/", "content_type": "text/html"}, "content_type"),
+        (TEXT | {"priority": "urgent"}, "priority"),
+        (TEXT | {"tags": "x"}, "tags"),
+        (TEXT | {"extra": 1}, "extra"),
+    ],
+)
+def test_a_bad_document_is_refused_with_its_field(client: FlaskClient, document: dict[str, Any], field: str) -> None:
+    assert field in problem(client.post("/v1/documents", json=document), 422)["detail"]
+
+
+def test_bodies_that_are_no_document(client: FlaskClient) -> None:
+    problem(client.post("/v1/documents", data=b"{", content_type="application/json"), 400)
+    problem(client.post("/v1/documents", data=b"\xff", content_type="application/json"), 400)
+    problem(client.post("/v1/documents", data="{}", content_type="text/plain"), 415)
+    problem(client.post("/v1/documents", json=TEXT | {"content": "é" * 501}), 413)
+    problem(client.post("/v1/documents", data=b" " * 100_000, content_type="application/json"), 413)
+    assert client.post("/v1/documents", json=TEXT | {"content": "é" * 500}).status_code == 202
+
+
+def test_what_is_not_there(client: FlaskClient) -> None:
+    for path in ("/v1/documents/nothing", "/v1/jobs/99", "/v1/nothing", "/v1/jobs/x"):
+        problem(client.get(path), 404)
+    problem(client.post("/v1/dead-letters/99:requeue"), 404)
+    assert "GET" in client.delete("/v1/documents").headers["Allow"]
+    problem(client.delete("/v1/documents"), 405)
+
+
+def test_a_full_queue_is_503_with_retry_after(client: FlaskClient, app: Flask, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(5):
+        assert client.post("/v1/documents", json=TEXT | {"content": f"n{number}"}).status_code == 202
+    full = client.post("/v1/documents", json=TEXT)
+    problem(full, 503)
+    assert full.headers["Retry-After"] == "5"
+    assert 'atlas_documents_submitted_total{outcome="refused"} 1.0' in client.get("/metrics").text
+
+
+def test_tokens_and_scopes(client: FlaskClient) -> None:
+    for value in ("", "Bearer", "Bearer wrong", f"Basic {ALL}", f"Bearer {ALL}x"):
+        answer = client.get("/v1/documents", headers={"Authorization": value})
+        problem(answer, 401)
+        assert answer.headers["WWW-Authenticate"].startswith("Bearer")
+    reader = {"Authorization": f"Bearer {READ_ONLY}"}
+    assert client.get("/v1/documents", headers=reader).status_code == 200
+    problem(client.post("/v1/documents", json=TEXT, headers=reader), 403)
+    problem(client.get("/v1/dead-letters", headers=reader), 403)
+
+
+def test_a_token_has_its_own_rate_limit(client: FlaskClient) -> None:
+    limited = {"Authorization": f"Bearer {LIMITED}"}
+    codes = [client.get("/v1/documents", headers=limited) for _ in range(4)]
+    # A minute may end between two of them, so at least one of four is over the limit of two.
+    over = [answer for answer in codes if answer.status_code == 429]
+    assert over and 1 <= int(over[0].headers["Retry-After"]) <= 61
+    problem(over[0], 429)
+    assert client.get("/v1/documents").status_code == 200
+
+
+def test_windows_of_the_limiter_pass() -> None:
+    now = [3600.0 * 1000]
+    limiter = Limiter(lambda: now[0])
+    token = Token("t", "x", frozenset(), TokenLimits(per_minute=2, per_hour=3))
+    assert [limiter.admit(token) for _ in range(3)] == [0, 0, 61]
+    now[0] += 60
+    assert limiter.admit(token) == 0 and limiter.admit(token) == 3541
+    now[0] += 3600
+    assert limiter.admit(token) == 0
+    assert all(limiter.admit(Token("t", "y", frozenset(), None)) == 0 for _ in range(100))
+
+
+def test_dead_letters_are_listed_and_requeued(client: FlaskClient, app: Flask) -> None:
+    queue = as_worker(app)
+    taken = client.post("/v1/documents", json=TEXT).get_json()
+    queue.fail(queue.claim(1)[0], "parse_error", "unreadable")
+    (letter,) = client.get("/v1/dead-letters").get_json()["items"]
+    assert (letter["id"], letter["error_class"], letter["error"]) == (taken["job_id"], "parse_error", "unreadable")
+    assert client.get(f"/v1/documents/{taken['id']}").get_json()["status"] == "dead"
+    assert client.post(f"/v1/dead-letters/{letter['id']}:requeue").get_json()["state"] == "ready"
+    assert client.get("/v1/dead-letters").get_json() == {"items": [], "total": 0, "next": None}
+    assert client.get(f"/v1/documents/{taken['id']}").get_json()["status"] == "queued"
+    problem(client.post(f"/v1/dead-letters/{letter['id']}:requeue"), 404)
+
+
+def test_sensitive_fields_are_stored_encrypted_and_never_shown(client: FlaskClient, app: Flask) -> None:
+    taken = client.post("/v1/documents", json=TEXT | {"sensitive": {"cookie": "open-sesame"}}).get_json()
+    assert "sesame" not in client.get(f"/v1/documents/{taken['id']}").text
+    with store_of(app).read() as connection:
+        stored = connection.scalar(select(documents.c.sensitive))
+    assert stored and "sesame" not in stored
+    work = app.extensions["atlas"].documents.work([taken["id"]])[taken["id"]]
+    assert work.sensitive == {"cookie": "open-sesame"}
+
+
+def test_every_answer_names_release_slot_and_request(client: FlaskClient) -> None:
+    for path in ("/healthz", "/readyz", "/health", "/metrics", "/", "/v1/documents", "/nothing"):
+        headers = client.get(path, headers={"X-Request-Id": "abc-1"}).headers
+        assert (headers["X-Atlas-Release"], headers["X-Atlas-Slot"]) == ("0.1.0-0123456789ab", "green")
+        assert headers["X-Request-Id"] == "abc-1"
+    odd = client.get("/healthz", headers={"X-Request-Id": 'x" injected'}).headers["X-Request-Id"]
+    assert re.fullmatch("[0-9a-f]{16}", odd)
+
+
+def test_health_readiness_and_status_page_hold_no_secret(client: FlaskClient, app: Flask) -> None:
+    anonymous = app.test_client()
+    ready = anonymous.get("/readyz")
+    assert ready.status_code == 200 and set(ready.get_json()["checks"].values()) == {"ok"}
+    health = anonymous.get("/health").get_json()
+    assert (health["status"], health["deployment"], health["slot"], health["host"]) == ("ok", 7, "green", "test1")
+    assert health["queue"]["ready"] == 0 and health["keyring"]["keys"] == 1 and health["workers"] == []
+    page = anonymous.get("/").text
+    assert "0.1.0-0123456789ab" in page and "<script" not in page
+    secret = app.extensions["atlas"].settings.fernet_keys.get_secret_value()
+    for text in (page, json.dumps(health), ready.text, anonymous.get("/metrics").text):
+        assert secret not in text and ALL not in text and digest(ALL) not in text
+
+
+def test_readiness_follows_draining_schema_and_store(
+    client: FlaskClient, app: Flask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = app.extensions["atlas"]
+    shared.draining = lambda: True
+    assert client.get("/readyz").get_json()["checks"]["draining"] == "this process is stopping"
+    assert client.get("/readyz").status_code == 503
+    shared.draining = lambda: False
+    newer = state_module.migrations.SchemaStatus("9999", "0001", False, False)
+    monkeypatch.setattr(state_module.migrations, "status", lambda _database: newer)
+    shared.pulse._schema_at = float("-inf")
+    answer = client.get("/readyz")
+    assert answer.status_code == 503 and "9999" in answer.get_json()["checks"]["schema"]
+    shared.database.close()
+    monkeypatch.setattr(db_module.Database, "now", lambda *_: (_ for _ in ()).throw(OSError("gone")))
+    answer = client.get("/readyz")
+    assert answer.status_code == 503 and "gone" in answer.get_json()["checks"]["database"]
+    assert client.get("/healthz").status_code == 200 and client.get("/health").get_json()["status"] == "degraded"

@@ -1,0 +1,303 @@
+"""The dispatcher and its workers, on both stores; and atlas-core as a process that is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import open_database, wait_for
+from running import Deployment, children, free_port, origin, send
+from sqlalchemy.exc import OperationalError
+
+from atlas import admission
+from atlas.core import Core
+from atlas.crypto import Keyring
+from atlas.db import Database
+from atlas.documents import Documents, Submission
+from atlas.queue import NewJob, Queue
+from atlas.settings import Settings
+
+PAGE = b"<html><head><title>Served</title></head><body><article><p>The origin speaks.</p></article></body></html>"
+
+
+@pytest.fixture
+def store(database_url: str) -> Iterator[Database]:
+    database = open_database(database_url)
+    admission.admit(database, 7)
+    yield database
+    database.close()
+
+
+def make_settings(**changes: Any) -> Settings:
+    values = {"environment": "development", "database_url": "sqlite:////nowhere/atlas.db"}
+    values |= {"fetch_allow_networks": ["127.0.0.0/8"], "retry_base_seconds": 0.05, "fetch_timeout_seconds": 5}
+    return Settings(**values | changes)
+
+
+class Running:
+    """A Core whose steps are taken by a thread, as the main loop would take them."""
+
+    def __init__(self, database: Database, keyring: Keyring, **changes: Any) -> None:
+        settings = make_settings(**changes)
+        self.queue = Queue(
+            database, "core-1", 7, lease_seconds=settings.lease_seconds, random_delay=lambda upper: min(upper, 0.05)
+        )
+        self.documents = Documents(database, self.queue, keyring, settings)
+        self.woken = threading.Event()
+        self.core = Core(self.queue, self.documents, settings, self.woken.set)
+        self.halted = threading.Event()
+        self.errors: list[Exception] = []
+        self.thread = threading.Thread(target=self._loop)
+        self.thread.start()
+
+    def _loop(self) -> None:
+        while not self.halted.is_set():
+            try:
+                delay = self.core.step()
+            except OperationalError as error:
+                self.errors.append(error)
+                delay = 0.05
+            self.woken.wait(delay)
+            self.woken.clear()
+
+    def halt(self, seconds: float = 10) -> None:
+        if not self.halted.is_set():
+            self.halted.set()
+            self.thread.join()
+            self.core.stop(time.sleep, seconds)
+
+    def submit(self, **fields: Any) -> str:
+        return self.documents.submit(Submission(**fields)).id
+
+    def status(self, document_id: str) -> str:
+        document = self.documents.get(document_id)
+        assert document is not None
+        return document.status
+
+    def wait(self, document_id: str, status: str) -> None:
+        wait_for(lambda: self.status(document_id) == status, 20, f"{document_id} is {status}")
+
+
+@pytest.fixture
+def running(store: Database, keyring: Keyring) -> Iterator[Callable[..., Running]]:
+    started: list[Running] = []
+
+    def start(**changes: Any) -> Running:
+        started.append(Running(store, keyring, **changes))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.halt()
+
+
+def test_content_and_pages_are_processed_once_and_found(running: Callable[..., Running]) -> None:
+    core = running()
+    with origin(lambda handler: send(handler, PAGE)) as url:
+        page = core.submit(url=f"{url}/page")
+        text = core.submit(content="Plain words.", content_type="text/plain", title="Given")
+        core.wait(page, "processed")
+        core.wait(text, "processed")
+    shown = core.documents.get(page)
+    assert shown is not None and shown.applied == 1
+    assert (shown.title, shown.content_type) == ("Served", "text/html") and "origin speaks" in (shown.text or "")
+    assert core.documents.search("plain words").items[0].title == "Given"
+
+
+def test_failures_keep_their_class_and_die_when_they_must(running: Callable[..., Running]) -> None:
+    core = running()
+    asked: list[str] = []
+
+    def answer(handler: Any) -> None:
+        asked.append(handler.path)
+        if handler.path == "/later" and asked.count("/later") == 1:
+            send(handler, b"", 429, Retry_After="0")
+        else:
+            send(handler, PAGE if handler.path == "/later" else b"", 200 if handler.path == "/later" else 500)
+
+    with origin(answer) as url:
+        later, broken = core.submit(url=f"{url}/later"), core.submit(url=f"{url}/broken")
+        private = core.submit(url="http://10.0.0.1/")
+        core.wait(later, "processed")
+        core.wait(broken, "dead")
+        core.wait(private, "dead")
+    assert asked.count("/later") == 2 and asked.count("/broken") == 2
+    classes = {job["document_id"]: job["error_class"] for job in core.queue.dead_letters()}
+    assert classes == {broken: "server_error", private: "refused"}
+
+
+def test_an_idle_deployment_does_only_its_probes(running: Callable[..., Running], store: Database) -> None:
+    admission.dismiss(store, 7)
+    core = running()
+    document = core.submit(content="Waits.", content_type="text/plain")
+    payload = {"content": "<html><body><p>probe 1.</p></body></html>", "expect": "probe 1"}
+    with store.write() as connection:
+        good = core.queue.enqueue(connection, NewJob("probe", payload=payload, target=7))
+        bad = core.queue.enqueue(connection, NewJob("probe", payload=payload | {"expect": "probe 2"}, target=7))
+    wait_for(lambda: _state(core, good) == "done" and _state(core, bad) == "dead", 20, "the probes end")
+    assert core.status(document) == "queued"
+    admission.admit(store, 7)
+    core.wait(document, "processed")
+
+
+def _state(core: Running, job_id: int) -> str:
+    job = core.queue.job(job_id)
+    assert job is not None
+    return str(job["state"])
+
+
+def test_stopping_finishes_what_has_begun_and_gives_back_the_rest(running: Callable[..., Running]) -> None:
+    core = running(core_concurrency=1, core_batch=4)
+    entered, let_go = threading.Event(), threading.Event()
+
+    def answer(handler: Any) -> None:
+        entered.set()
+        let_go.wait(20)
+        send(handler, PAGE)
+
+    with origin(answer) as url:
+        documents = [core.submit(url=f"{url}/{number}") for number in range(4)]
+        assert entered.wait(10)
+        wait_for(lambda: sum(core.status(one) == "processing" for one in documents) >= 2, 10, "more are claimed")
+        stopping = threading.Thread(target=core.halt)
+        stopping.start()
+        wait_for(lambda: sum(core.status(one) == "queued" for one in documents) == 3, 10, "three are given back")
+        let_go.set()
+        stopping.join()
+    assert sorted(core.status(one) for one in documents) == ["processed", "queued", "queued", "queued"]
+    assert not core.queue.stats().total("running")
+
+
+def test_a_job_that_does_not_end_in_time_is_given_back(running: Callable[..., Running]) -> None:
+    core = running(core_concurrency=1, fetch_timeout_seconds=20)
+    entered, let_go = threading.Event(), threading.Event()
+    with origin(lambda handler: (entered.set(), let_go.wait(20), send(handler, PAGE))) as url:  # type: ignore[func-returns-value]
+        document = core.submit(url=url)
+        assert entered.wait(10)
+        began = time.monotonic()
+        core.halt(seconds=0.5)
+        assert time.monotonic() - began < 5 and core.status(document) == "queued"
+        let_go.set()
+
+
+def test_results_survive_a_store_that_is_away(running: Callable[..., Running], monkeypatch: pytest.MonkeyPatch) -> None:
+    core = running()
+    real, failures = core.queue.finish, iter(range(3))
+
+    def finish(*arguments: Any) -> Any:
+        if next(failures, None) is not None:
+            raise OperationalError("finish", {}, Exception("away"))
+        return real(*arguments)
+
+    monkeypatch.setattr(core.queue, "finish", finish)
+    document = core.submit(content="Kept.", content_type="text/plain")
+    core.wait(document, "processed")
+    shown = core.documents.get(document)
+    assert shown is not None and shown.applied == 1 and len(core.errors) == 3
+
+
+def test_a_result_that_cannot_be_stored_does_not_hold_up_the_others(
+    running: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core = running()
+    real = core.documents.store
+    poisoned: list[str] = []
+
+    def store(connection: Any, results: Any) -> None:
+        if any(result.job.document_id in poisoned for result in results):
+            raise ValueError("poison")
+        real(connection, results)
+
+    monkeypatch.setattr(core.documents, "store", store)
+    poisoned.append(core.submit(content="poison", content_type="text/plain"))
+    good = [core.submit(content=f"good {number}", content_type="text/plain") for number in range(5)]
+    for one in good:
+        core.wait(one, "processed")
+    core.wait(poisoned[0], "dead")
+
+
+def test_a_long_job_keeps_its_lease_and_is_given_up_beyond_its_time(running: Callable[..., Running]) -> None:
+    core = running(
+        lease_seconds=1, heartbeat_seconds=0.2, reaper_seconds=0.2, job_timeout_seconds=3, fetch_timeout_seconds=30
+    )
+    entered, let_go = threading.Event(), threading.Event()
+    with origin(lambda handler: (entered.set(), let_go.wait(30), send(handler, PAGE))) as url:  # type: ignore[func-returns-value]
+        taken = core.documents.submit(Submission(url=url))
+        assert entered.wait(10) and taken.job_id is not None
+        time.sleep(2)
+        assert _events(core, taken.job_id) == [] and core.core.healthy()
+        wait_for(lambda: not core.core.healthy(), 10, "a job beyond its time is noticed")
+        wait_for(lambda: "lost" in _events(core, taken.job_id or 0), 10, "its lease runs out")
+        let_go.set()
+        core.wait(taken.id, "processed")
+    # Both attempts came to an end in this very process; the fence let one of them in.
+    shown = core.documents.get(taken.id)
+    assert shown is not None and shown.applied == 1
+
+
+def _events(core: Running, job_id: int) -> list[str]:
+    job = core.queue.job(job_id)
+    assert job is not None
+    return [event["event"] for event in job["events"]]
+
+
+def test_a_killed_core_loses_nothing(tmp_path: Path) -> None:
+    deployment = Deployment(tmp_path, lease_seconds=2, heartbeat_seconds=0.5, reaper_seconds=0.5)
+    calls: list[str] = []
+
+    def answer(handler: Any) -> None:
+        calls.append(handler.path)
+        if len(calls) == 1:
+            time.sleep(30)
+        send(handler, PAGE)
+
+    try:
+        deployment.prepare()
+        _, _, port = deployment.start_ready("api")
+        with origin(answer) as url, deployment.client(port) as client:
+            core, _, _ = deployment.start_ready("core")
+            html = {"content": PAGE.decode(), "content_type": "text/html"}
+            first = client.post("/v1/documents", json=html).json()["id"]
+            wait_for(
+                lambda: client.get(f"/v1/documents/{first}").json()["status"] == "processed", 20, "the helper is up"
+            )
+            document = client.post("/v1/documents", json={"url": f"{url}/page"}).json()["id"]
+            wait_for(lambda: calls, 15, "the job is in the middle")
+            helpers = children(core.pid)
+            assert helpers
+            core.send_signal(signal.SIGKILL)
+            core.wait()
+            wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in helpers), 10, "the helpers are gone")
+            assert client.get(f"/v1/documents/{document}").json()["status"] == "processing"
+            deployment.start_ready("core", free_port())
+            wait_for(lambda: client.get(f"/v1/documents/{document}").json()["status"] == "processed", 20, "done again")
+            shown = client.get(f"/v1/documents/{document}").json()
+            events = [event["event"] for event in client.get(f"/v1/jobs/{shown['job_id']}").json()["events"]]
+        assert shown["applied"] == 1 and events == ["lost", "finished"]
+    finally:
+        deployment.close()
+
+
+def test_the_watchdog_of_a_stopped_core_starves(tmp_path: Path) -> None:
+    deployment = Deployment(tmp_path)
+    try:
+        deployment.prepare()
+        core, ear, port = deployment.start_ready("core", watchdog_seconds=1)
+        wait_for(lambda: ear.count("WATCHDOG=1") >= 3, 10, "the watchdog is fed")
+        os.kill(core.pid, signal.SIGSTOP)
+        time.sleep(0.3)
+        since = time.monotonic()
+        time.sleep(2)
+        assert ear.count("WATCHDOG=1", since) == 0
+        os.kill(core.pid, signal.SIGCONT)
+        first = json.loads(deployment.log("core", port).splitlines()[0])
+        assert first["event"] == "ready"
+    finally:
+        deployment.close()

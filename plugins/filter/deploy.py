@@ -1,0 +1,164 @@
+"""Filters of deploys and status: they read the release and the controller, and hand the rest to the pure deploy_plan."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ansible.module_utils
+
+ansible.module_utils.__path__.append(str(Path(__file__).resolve().parent.parent / "module_utils"))
+
+from ansible.module_utils import deploy_plan, release  # noqa: E402
+
+DOCUMENTATION = """
+name: deploy_plan
+short_description: What a deploy is to do, from what its hosts say
+description: See C(plugins/module_utils/deploy_plan.py).
+positional: _input
+options:
+  _input:
+    description: Host to result of atlas_facts.
+    type: dict
+    required: true
+"""
+
+
+def release_file(path: str, allowed_signers: str, directory: str) -> dict[str, Any]:
+    """Return the release at *path*, or the newest in *directory* where *path* is empty, checked against its signature.
+
+    Comes back with path, id, version, digest, schema and error: what is wrong with it, empty if nothing is.
+    """
+    found: dict[str, Any] = {"path": "", "id": None, "version": None, "digest": None, "error": ""}
+    archive = Path(path) if path else newest(Path(directory))
+    if archive is None:
+        return {**found, "error": f"There is no release in {directory}. Build one: make release"}
+    found["path"] = path if path else os.path.relpath(archive)
+    found["file"] = str(archive.resolve())
+    try:
+        if not archive.is_file():
+            raise release.ReleaseError(
+                f"{path}: there is no such release. Build one with: make release, and name it: -e release=FILE"
+            )
+        release.check_signature(archive, archive.with_name(archive.name + ".sig"), allowed_signers)
+        manifest = release.read_manifest(archive)
+        digest = release.file_digest(archive)
+    except (release.ReleaseError, OSError) as error:
+        return {**found, "error": str(error)}
+    version = str(manifest["version"])
+    return {
+        **found,
+        "id": release.release_id(version, digest),
+        "version": version,
+        "digest": digest,
+        "schema": manifest["schema"],
+    }
+
+
+def newest(directory: Path) -> Path | None:
+    """Return the release that was built last in *directory*."""
+    archives = sorted(directory.glob("atlas-*.tar.gz"), key=lambda path: (path.stat().st_mtime, path.name))
+    return archives[-1] if archives else None
+
+
+def controller() -> dict[str, str]:
+    """Return who deploys from where (holder), the controlling process, an identity for this deploy, and its start."""
+    pid = playbook_process()
+    return {
+        "holder": f"{getpass.getuser()}@{socket.gethostname()}",
+        "process": " ".join([*_machine(), str(pid), _started(pid) or "?"]),
+        "deploy": time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()) + f"-{pid}",
+        "began": str(time.time()),
+    }
+
+
+def playbook_process() -> int:
+    """Return the process of ansible-playbook: this one's eldest ancestor in an unbroken line of that name."""
+    pid = os.getpid()
+    while True:
+        try:
+            fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+            parent = int(fields[1])
+            if "ansible-playbook" not in Path(f"/proc/{parent}/cmdline").read_text():
+                return pid
+        except (OSError, ValueError):
+            return pid
+        pid = parent
+
+
+def is_dead(process: str) -> bool:
+    """Tell whether the controlling *process* of a lease is certainly gone: it was of this machine, and is no more."""
+    try:
+        machine, boot, space, pid, started = process.split()
+    except ValueError:
+        return False
+    ours = _machine()
+    if "?" in (machine, boot, space, started) or machine != ours[0]:
+        return False
+    if boot != ours[1]:
+        return True
+    return space == ours[2] and _started(int(pid)) != started
+
+
+def _machine() -> tuple[str, str, str]:
+    """Return the identity of this machine, of its boot and of its process numbers."""
+
+    def read(path: str) -> str:
+        try:
+            return Path(path).read_text().strip() or "?"
+        except OSError:
+            return "?"
+
+    try:
+        space = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        space = "?"
+    return read("/etc/machine-id"), read("/proc/sys/kernel/random/boot_id"), space
+
+
+def _started(pid: int) -> str | None:
+    """Return the start time of process *pid* as the kernel counts it; with the number it names one process for ever."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
+    except (OSError, IndexError):
+        return None
+
+
+def plan(
+    facts: deploy_plan.Facts, compared: deploy_plan.Facts, file: Mapping[str, Any], options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return :func:`deploy_plan.plan` for this controller and moment."""
+    return deploy_plan.plan(facts, compared, file, options, controller(), is_dead, time.time())
+
+
+def status(
+    facts: deploy_plan.Facts, compared: deploy_plan.Facts, hosts: Sequence[str], edges: Sequence[str]
+) -> dict[str, Any]:
+    """Return :func:`deploy_plan.status`."""
+    return deploy_plan.status(facts, compared, hosts, edges)
+
+
+def returned(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return the hosts whose result of an undo (atlas_slot) says that it was done."""
+    bad = ("failed", "unreachable", "skipped")
+    return [host for host, result in results.items() if not any(result.get(key) for key in bad)]
+
+
+class FilterModule:
+    """Ansible's entry point to the filters above."""
+
+    def filters(self) -> dict[str, Any]:
+        """Return the filters by name."""
+        return {
+            "release_file": release_file,
+            "deploy_plan": plan,
+            "deploy_summary": deploy_plan.summary,
+            "deploy_status": status,
+            "deploy_returned": returned,
+            "deploy_table": deploy_plan.table,
+        }

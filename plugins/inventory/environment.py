@@ -1,0 +1,125 @@
+"""Inventory plugin: opens the vault of the environment whose inventory is read, and no other.
+
+Owns the check that the password fits and that the vault file and its plain mirrors agree. It adds no host.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import ansible.module_utils
+import yaml
+from ansible.errors import AnsibleError
+from ansible.parsing.vault import VaultLib, VaultSecret
+from ansible.plugins.inventory import BaseInventoryPlugin
+from ansible.utils.display import Display
+
+# The setting module_utils reaches modules alone; a plugin on the controller adds the directory itself.
+_UTILITIES = str(Path(__file__).resolve().parents[1] / "module_utils")
+if _UTILITIES not in ansible.module_utils.__path__:
+    ansible.module_utils.__path__.append(_UTILITIES)
+
+from ansible.module_utils.vault_spec import SECRETS, mirror_errors, password_weakness, value_errors  # noqa: E402
+
+DOCUMENTATION = """
+name: environment
+short_description: Opens the vault of an environment
+description:
+  - Asks C(bin/vault-client) for the password of one vault id, checks it against C(group_vars/all/vault.yml) beside the
+    source, checks the secrets and their mirrors, and hands the password to the run.
+  - Reads nothing when the environment has no vault file yet.
+options:
+  plugin:
+    description: Name of this plugin.
+    required: true
+    choices: [environment]
+  vault_id:
+    description: The vault id of the environment's vault file.
+    required: true
+    type: str
+"""
+
+CLIENT = Path(__file__).resolve().parents[2] / "bin" / "vault-client"
+
+
+class InventoryModule(BaseInventoryPlugin):  # type: ignore[misc]
+    """Parses `environment.yml`."""
+
+    NAME = "environment"
+
+    def verify_file(self, path: str) -> bool:
+        """Whether this source is ours: a file called environment.yml."""
+        return Path(path).name == "environment.yml" and bool(super().verify_file(path))
+
+    def parse(self, inventory: Any, loader: Any, path: str, cache: bool = True) -> None:
+        """Open the vault of the environment at `path`."""
+        super().parse(inventory, loader, path, cache)
+        self._read_config_data(path)
+        vault_id = self.get_option("vault_id")
+        directory = Path(path).parent
+        vault_file = directory / "group_vars" / "all" / "vault.yml"
+        if not vault_file.is_file():
+            hint = f"{directory.name} has no vault file: make vault ENV={directory.name}"
+            for spec in SECRETS:
+                inventory.set_variable("all", spec.name, f"{{{{ undef(hint='{hint}') }}}}")
+            return
+        secret = self._secret(vault_id, vault_file)
+        # In place: the run's vault context shares this list.
+        loader._vault.secrets.append((vault_id, secret))
+
+    def _secret(self, vault_id: str, vault_file: Path) -> VaultSecret:
+        answer = subprocess.run([str(CLIENT), "--vault-id", vault_id], capture_output=True, text=True, check=False)  # noqa: S603
+        if answer.returncode != 0:
+            _fail(answer.stderr.strip() or f"{CLIENT} failed for the vault id {vault_id}")
+        password = answer.stdout.strip()
+        weakness = password_weakness(password)
+        if weakness:
+            _fail(
+                f"The password of the vault id {vault_id} {weakness}. Make a new vault: see docs, or bin/vault-client --help"
+            )
+        secret = VaultSecret(password.encode())
+        text = vault_file.read_bytes()
+        if not text.startswith(b"$ANSIBLE_VAULT;"):
+            _fail(
+                f"{vault_file} is not encrypted. Do: ansible-vault encrypt --encrypt-vault-id {vault_id} "
+                f"--vault-id {vault_id}@bin/vault-client {vault_file}"
+            )
+        label = text.split(b"\n", 1)[0].decode().split(";")[3:]
+        if label != [vault_id]:
+            _fail(
+                f"{vault_file} carries the vault id {(label or ['none'])[0]}, but environment.yml says {vault_id}. "
+                f"Encrypt it again with --encrypt-vault-id {vault_id}, or correct environment.yml"
+            )
+        try:
+            plain = VaultLib([(vault_id, secret)]).decrypt(text)
+        except AnsibleError:
+            _fail(
+                f"The password found for the vault id {vault_id} does not open {vault_file}. bin/vault-client --vault-id {vault_id} "
+                f"takes it from the variable, the command or the file that bin/vault-client --help lists: correct that one"
+            )
+        vault = yaml.safe_load(plain)
+        if not isinstance(vault, Mapping):
+            _fail(
+                f"{vault_file} holds no variables. Do: ansible-vault edit --vault-id {vault_id}@bin/vault-client {vault_file}"
+            )
+        errors = value_errors(vault) + mirror_errors(vault, _plain_files(vault_file.parents[1]))
+        if errors:
+            _fail(
+                f"{vault_file} and its mirrors do not fit: {'; '.join(errors)}. "
+                f"Do: ansible-vault edit --vault-id {vault_id}@bin/vault-client {vault_file}"
+            )
+        return secret
+
+
+def _plain_files(group_vars: Path) -> dict[str, str]:
+    files = (path for path in sorted(group_vars.rglob("*.yml")) if path.name != "vault.yml")
+    return {str(path): path.read_text(encoding="utf-8") for path in files}
+
+
+def _fail(message: str) -> NoReturn:
+    # An exception would be wrapped into several messages, and the next plugin would try the file.
+    Display().error(message, wrap_text=False)
+    raise SystemExit(4)

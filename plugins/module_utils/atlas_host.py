@@ -1,0 +1,477 @@
+"""An app host as deploys see it: releases, deployments, slots, the four services, the transaction and the journal.
+
+Owns the paths and rules that the deploy modules share, with the standard library alone. The slot in service is the one
+whose ``atlas@SLOT.target`` is enabled; a slot is a symbolic link to a deployment. While a deploy changes a host, the file
+``transaction.json`` tells what it was before, so that any later run can return it.
+"""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import hashlib
+import hmac
+import http.client
+import json
+import os
+import re
+import secrets
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+SLOTS = ("blue", "green")
+SERVICES = ("api", "core", "services", "monitoring")
+API_PORTS = {"blue": 8101, "green": 8102}
+MONITORING_PORTS = {"blue": 8111, "green": 8112}
+HEARTBEAT_SECONDS = 15.0
+"""A worker whose last heartbeat is older than this does not count as alive."""
+CRASHES = 3
+"""A service that systemd restarted this often while it was waited for will not come up."""
+
+
+class HostError(Exception):
+    """A host cannot be brought to the wanted state; the message names the cause, *log* the last lines of the guilty unit."""
+
+    def __init__(self, message: str, log: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.log = list(log)
+
+
+class Done(NamedTuple):
+    """The outcome of a command."""
+
+    status: int
+    output: str
+    errors: str
+
+
+def run(
+    argv: Sequence[str], stdin: bytes | None = None, timeout: float = 60, env: Mapping[str, str] | None = None
+) -> Done:
+    """Run *argv* with *stdin* for at most *timeout* seconds; a command that is missing or too slow raises :class:`HostError`."""
+    environment = {**os.environ, "LC_ALL": "C", **(env or {})}
+    given: dict[str, Any] = {"stdin": subprocess.DEVNULL} if stdin is None else {"input": stdin}
+    try:
+        done = subprocess.run(list(argv), capture_output=True, timeout=timeout, env=environment, **given)
+    except FileNotFoundError:
+        raise HostError(f"{argv[0]} is not on this host: provision it with playbooks/site.yml.") from None
+    except subprocess.TimeoutExpired:
+        raise HostError(f"{argv[0]} did not end within {timeout:g} s.") from None
+    return Done(done.returncode, done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace"))
+
+
+def now() -> str:
+    """Return the present time as RFC 3339 in UTC."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+def write_atomically(path: Path, content: str, mode: int = 0o644) -> None:
+    """Replace the file at *path* by *content*: readers see the old or the new file, also after a power cut."""
+    partial = path.with_name(f".{path.name}.partial")
+    handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+    with os.fdopen(handle, "w") as file:
+        file.write(content)
+        os.fchmod(file.fileno(), mode)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(path)
+    sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in the directory *path* durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in *path*; {} where the file is missing or damaged."""
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def unit(service: str, slot: str) -> str:
+    """Return the name of the unit of *service* in *slot*."""
+    return f"atlas-{service}@{slot}.service"
+
+
+def units(slot: str) -> list[str]:
+    """Return the names of the four units of *slot*."""
+    return [unit(service, slot) for service in SERVICES]
+
+
+def parse_show(text: str) -> dict[str, dict[str, str]]:
+    """Return the output of ``systemctl show`` as unit → property → value."""
+    found: dict[str, dict[str, str]] = {}
+    for block in text.strip().split("\n\n"):
+        properties = dict(line.split("=", 1) for line in block.splitlines() if "=" in line)
+        if "Id" in properties:
+            found[properties["Id"]] = properties
+    return found
+
+
+class Host:
+    """One app host. *root*, *state* and *boot* are parameters for tests alone."""
+
+    def __init__(
+        self,
+        root: Path = Path("/opt/atlas"),
+        state: Path = Path("/var/lib/atlas-deploy"),
+        boot: Path = Path("/etc/systemd/system/multi-user.target.wants"),
+        command: Callable[..., Done] = run,
+    ) -> None:
+        self.root, self.state, self.boot, self.run = root, state, boot, command
+
+    # What is there
+
+    def releases(self) -> list[str]:
+        """Return the IDs of the unpacked releases."""
+        return _names(self.root / "releases")
+
+    def deployments(self) -> dict[int, dict[str, Any]]:
+        """Return number → deployment.json of the complete deployments."""
+        names = [name for name in _names(self.root / "deployments") if name.isdigit()]
+        return {int(name): read_json(self.deployment(int(name)) / "deployment.json") for name in sorted(names, key=int)}
+
+    def deployment(self, number: int) -> Path:
+        """Return the directory of the deployment *number*."""
+        return self.root / "deployments" / str(number)
+
+    def slots(self) -> dict[str, int | None]:
+        """Return slot → number of the deployment it points at, or None."""
+        return {slot: self._pointed(slot) for slot in SLOTS}
+
+    def _pointed(self, slot: str) -> int | None:
+        try:
+            name = os.readlink(self.root / "slots" / slot).rsplit("/", 1)[-1]
+        except OSError:
+            return None
+        return int(name) if name.isdigit() else None
+
+    def in_service(self) -> str | None:
+        """Return the slot that boot would start, which is the one in service; None before the first deploy."""
+        enabled = [slot for slot in SLOTS if (self.boot / f"atlas@{slot}.target").is_symlink()]
+        return enabled[0] if enabled else None
+
+    def journal(self) -> list[dict[str, Any]]:
+        """Return the journal's entries, oldest first; a line cut off by a crash is left out."""
+        try:
+            lines = (self.state / "journal.jsonl").read_text().splitlines()
+        except OSError:
+            return []
+        entries = []
+        for line in lines:
+            try:
+                entries.append(json.loads(line))
+            except ValueError:
+                continue
+        return [entry for entry in entries if isinstance(entry, dict)]
+
+    def record(self, event: str, **details: Any) -> None:
+        """Append *event* to the journal."""
+        line = json.dumps({"at": now(), "event": event, **details}, sort_keys=True) + "\n"
+        handle = os.open(self.state / "journal.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        try:
+            os.write(handle, line.encode())
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+    def good(self) -> list[int]:
+        """Return the deployments that were in service to the end of their deploy, oldest first."""
+        finished = [entry["deployment"] for entry in self.journal() if entry.get("event") == "finished"]
+        return list(dict.fromkeys(reversed([int(number) for number in finished])))[::-1]
+
+    def highest(self) -> int:
+        """Return the highest deployment number ever used on this host, 0 for none."""
+        used = [int(entry["deployment"]) for entry in self.journal() if isinstance(entry.get("deployment"), int)]
+        return max([0, *used, *self.deployments()])
+
+    def transaction(self) -> dict[str, Any]:
+        """Return what the running (or killed) deploy recorded before its first change; {} if there is none."""
+        return read_json(self.state / "transaction.json")
+
+    def show(self, names: Sequence[str]) -> dict[str, dict[str, str]]:
+        """Return unit → properties of the units *names*, from one call of systemctl."""
+        properties = "Id,LoadState,ActiveState,SubState,MainPID,NRestarts,Result,ExecMainStatus,ActiveEnterTimestamp,MemoryCurrent"
+        done = self.run(["systemctl", "show", "--property", properties, *names])
+        if done.status:
+            raise HostError(f"systemctl show failed: {done.errors.strip()}")
+        return parse_show(done.output)
+
+    def log(self, name: str, since: float, lines: int = 8) -> list[str]:
+        """Return the last *lines* that the unit *name* logged since the Unix time *since*; if none, systemd's about it."""
+        argv = ["journalctl", "--since", f"@{int(since)}", "--lines", str(lines), "--no-pager", "--output", "cat"]
+        said = self.run([*argv, f"_SYSTEMD_UNIT={name}"]).output or self.run([*argv, "--unit", name]).output
+        return [line[:300] for line in said.splitlines()]
+
+    # What changes it
+
+    def point(self, slot: str, number: int | None) -> None:
+        """Point *slot* at the deployment *number* by one rename, or at nothing."""
+        link = self.root / "slots" / slot
+        if number is None:
+            link.unlink(missing_ok=True)
+        else:
+            partial = link.with_name(f".{slot}.partial")
+            partial.unlink(missing_ok=True)
+            partial.symlink_to(f"../deployments/{number}")
+            partial.rename(link)
+        sync_directory(link.parent)
+
+    def begin(self, transaction: Mapping[str, Any]) -> None:
+        """Record what the host is before its first change, once per deploy."""
+        if self.transaction().get("deploy") != transaction["deploy"]:
+            write_atomically(
+                self.state / "transaction.json", json.dumps(dict(transaction), sort_keys=True) + "\n", 0o600
+            )
+            self.record(
+                "switching",
+                deploy=transaction["deploy"],
+                deployment=transaction["deployment"],
+                slot=transaction["slot"],
+            )
+
+    def end(self) -> None:
+        """Forget the transaction."""
+        (self.state / "transaction.json").unlink(missing_ok=True)
+        sync_directory(self.state)
+
+    def active(self, slot: str) -> list[str]:
+        """Return the units of *slot* that run or are about to."""
+        shown = self.show(units(slot))
+        return [
+            name for name in units(slot) if shown.get(name, {}).get("ActiveState") not in ("inactive", "failed", None)
+        ]
+
+    def stop(self, slot: str, timeout: float) -> bool:
+        """Stop the services of *slot* by name and wait until all have ended; tell whether any had to be."""
+        if not self.active(slot):
+            return False
+        self._systemctl("stop", "--no-block", *units(slot))
+        deadline = time.monotonic() + timeout
+        while running := self.active(slot):
+            if time.monotonic() > deadline:
+                raise HostError(
+                    f"{', '.join(running)} did not stop within {timeout:g} s.",
+                    self.log(running[0], time.time() - timeout),
+                )
+            time.sleep(0.1)
+        return True
+
+    def start(self, slot: str) -> None:
+        """Ask systemd for the services of *slot*, all at once; :meth:`wait_healthy` tells what came of it."""
+        self._systemctl("start", "--no-block", *units(slot))
+
+    def enable(self, slot: str) -> bool:
+        """Make *slot* the one in service, which boot starts, and no other; tell whether that changed anything."""
+        others = [other for other in SLOTS if other != slot and (self.boot / f"atlas@{other}.target").is_symlink()]
+        changed = bool(others)
+        if self.in_service() != slot or not (self.boot / f"atlas@{slot}.target").is_symlink():
+            self._systemctl("enable", "--quiet", f"atlas@{slot}.target")
+            changed = True
+        for other in others:
+            self._systemctl("disable", "--quiet", f"atlas@{other}.target")
+        return changed
+
+    def _systemctl(self, *arguments: str) -> None:
+        done = self.run(["systemctl", *arguments])
+        if done.status:
+            raise HostError(f"systemctl {arguments[0]} failed: {done.errors.strip()}")
+
+    def command(self, number: int, slot: str, argv: Sequence[str], timeout: float) -> Done:
+        """Run ``atlas`` *argv* of the deployment *number* in a transient unit with its settings and credentials."""
+        environment = {
+            "ATLAS_DEPLOYMENT_DIRECTORY": str(self.deployment(number)),
+            "ATLAS_SLOT": slot,
+            "ATLAS_COMMAND_SECONDS": str(max(1, int(timeout))),
+        }
+        began = time.monotonic()
+        done = self.run(["/usr/local/bin/atlas", *argv], timeout=timeout + 15, env=environment)
+        if done.status:
+            said = [line for line in (done.errors + "\n" + done.output).strip().splitlines() if line.strip()]
+            why = explain(done.status, time.monotonic() - began, timeout)
+            raise HostError(
+                f"atlas {' '.join(argv)} of deployment {number} failed ({why})" + (f": {said[-1]}" if said else "."),
+                said[-8:],
+            )
+        return done
+
+    def prune(self, keep: int, dry: bool = False) -> list[str]:
+        """Remove deployments beyond the newest *keep* good ones, and releases that no deployment needs; return what went.
+
+        What a slot points at, what is in service and the last good deployment before it always stay.
+        """
+        good = self.good()
+        kept = {*good[-max(keep, 2) :], *(number for number in self.slots().values() if number is not None)}
+        gone = [f"deployments/{number}" for number in self.deployments() if number not in kept]
+        needed = {str(content.get("release")) for number, content in self.deployments().items() if number in kept}
+        gone += [f"releases/{release}" for release in self.releases() if release not in needed]
+        archives = _names(self.root / "archives")
+        gone += [f"archives/{name}" for name in archives if re.sub(r"\.tar\.gz(\.sig)?$", "", name) not in needed]
+        if not dry:
+            for name in gone:
+                path = self.root / name
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        return gone
+
+    # Health
+
+    def wait_healthy(self, gate: Gate, timeout: float, minimum: float) -> float:
+        """Wait until *gate* finds no fault for *minimum* seconds without a restart; return the seconds it took.
+
+        Raises :class:`HostError` with the fault and the guilty unit's last lines after *timeout* seconds, or at once if a
+        service keeps crashing.
+        """
+        began, deadline, since = time.time(), time.monotonic() + timeout + minimum, None
+        first: dict[str, int] = {}
+        processes: list[str] = []
+        while True:
+            shown = self.show(units(gate.slot))
+            fault = gate.fault(shown)
+            current = [shown.get(name, {}).get("MainPID", "0") for name in units(gate.slot)]
+            if fault is None and current == processes and since is not None:
+                if time.monotonic() - since >= minimum:
+                    return time.time() - began
+            else:
+                since = None if fault else time.monotonic()
+            processes = current
+            for name in units(gate.slot):
+                restarts = int(shown.get(name, {}).get("NRestarts") or 0)
+                if restarts - first.setdefault(name, restarts) >= CRASHES:
+                    raise HostError(f"{name} ends again and again.", self.log(name, began))
+            if time.monotonic() > deadline:
+                guilty, message = fault or (unit("api", gate.slot), "its processes do not stay the same")
+                raise HostError(f"{guilty}: {message}; not healthy within {timeout:g} s.", self.log(guilty, began))
+            time.sleep(0.2)
+
+
+class Answer(NamedTuple):
+    """An HTTP answer: status (0: none), headers with lower-case names, JSON body ({} if it is none)."""
+
+    status: int
+    headers: dict[str, str]
+    body: dict[str, Any]
+
+
+def get(port: int, path: str, address: str = "127.0.0.1", timeout: float = 3) -> Answer:
+    """Ask for *path*; what cannot be reached answers with status 0."""
+    connection = http.client.HTTPConnection(address, port, timeout=timeout)
+    try:
+        connection.request("GET", path, headers={"Connection": "close"})
+        response = connection.getresponse()
+        content = response.read(1_000_000)
+        headers = {name.lower(): value for name, value in response.getheaders()}
+    except (OSError, http.client.HTTPException):
+        return Answer(0, {}, {})
+    finally:
+        connection.close()
+    try:
+        body = json.loads(content)
+    except ValueError:
+        body = {}
+    return Answer(response.status, headers, body if isinstance(body, dict) else {})
+
+
+class Gate:
+    """The health gate of one slot: units active, ``/readyz`` says so with the right release, heartbeats of the deployment."""
+
+    def __init__(
+        self, slot: str, deployment: int, release: str, host: str, ask: Callable[[int, str], Answer] = get
+    ) -> None:
+        self.slot, self.deployment, self.release, self.host, self.ask = slot, deployment, release, host, ask
+
+    def fault(self, shown: Mapping[str, Mapping[str, str]]) -> tuple[str, str] | None:
+        """Return (guilty unit, what is wrong), or None if all is well. *shown* is the state of the four units."""
+        for name in units(self.slot):
+            state = shown.get(name, {}).get("ActiveState", "missing")
+            if state != "active":
+                return name, f"is {state} ({shown.get(name, {}).get('SubState', '-')})"
+        api = unit("api", self.slot)
+        ready = self.ask(API_PORTS[self.slot], "/readyz")
+        if ready.status != 200:
+            return api, f"/readyz says {_not_ready(ready)}"
+        release = ready.headers.get("x-atlas-release", "nothing")
+        if release != self.release:
+            return api, f"answers as release {release}, expected {self.release}"
+        workers = self.ask(API_PORTS[self.slot], "/health").body.get("workers") or []
+        for service in ("core", "services"):
+            ages = [
+                float(worker.get("age_seconds", HEARTBEAT_SECONDS + 1))
+                for worker in workers
+                if worker.get("service") == service
+                and worker.get("host") == self.host
+                and worker.get("slot") == self.slot
+                and str(worker.get("deployment")) == str(self.deployment)
+            ]
+            if not ages or min(ages) > HEARTBEAT_SECONDS:
+                return unit(service, self.slot), f"/health shows no live heartbeat of deployment {self.deployment}"
+        return None
+
+
+def _not_ready(answer: Answer) -> str:
+    if not answer.status:
+        return "nothing (no connection)"
+    checks = answer.body.get("checks")
+    failed = (
+        [f"{name}: {value}" for name, value in checks.items() if not _is_well(value)]
+        if isinstance(checks, dict)
+        else []
+    )
+    return f"{answer.status}" + (f" ({'; '.join(failed)})" if failed else "")
+
+
+def _is_well(value: Any) -> bool:
+    if isinstance(value, dict):
+        return bool(value.get("ok", value.get("status") == "ok"))
+    return value in (True, "ok")
+
+
+def explain(status: int, took: float, limit: float) -> str:
+    """Say what the exit *status* of a transient unit means that *took* so many seconds and had a *limit*."""
+    if took >= limit:
+        return f"it was ended at its limit of {limit:g} s"
+    known = {
+        203: "the release cannot be executed",
+        217: "the user atlas is missing",
+        243: "its credentials cannot be loaded",
+    }
+    return known.get(status, f"exit status {status}")
+
+
+# The content of a deployment
+
+
+def fingerprint_key(state: Path) -> bytes:
+    """Return the key of fingerprints, which never leaves the host; made at first use."""
+    path = state / "fingerprint.key"
+    try:
+        return base64.b64decode(path.read_text())
+    except OSError:
+        pass
+    key = secrets.token_bytes(32)
+    write_atomically(path, base64.b64encode(key).decode() + "\n", 0o600)
+    return key
+
+
+def fingerprint(key: bytes, digest: str, settings: str, credentials: Mapping[str, str]) -> str:
+    """Return the keyed fingerprint (HMAC-SHA-256, hex) of a deployment's content: equal content, equal fingerprint."""
+    content = json.dumps([digest, settings, dict(credentials)], sort_keys=True)
+    return hmac.new(key, content.encode(), hashlib.sha256).hexdigest()
+
+
+def _names(directory: Path) -> list[str]:
+    try:
+        return sorted(entry.name for entry in directory.iterdir() if not entry.name.startswith("."))
+    except OSError:
+        return []

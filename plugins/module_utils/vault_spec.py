@@ -1,0 +1,152 @@
+"""The secrets of an environment: what its vault file holds, how each is made, and what is refused.
+
+This is the one list; the vault file of a lab, of a real environment and the check at every run come from it.
+Values are checked for form and for at least 128 random bits: ansible-vault derives its key with 10,000 rounds only,
+so a short password falls to guessing.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import math
+import re
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+MINIMUM_BITS = 128
+TOKEN_SCOPES = ("ingest", "read", "operate")
+_TOKEN = re.compile(r"atl_[A-Za-z0-9_-]{43}")
+_REFERENCE = re.compile(r"\bvault_[a-z0-9_]+\b")
+
+
+def random_password() -> str:
+    """256 random bits as 43 characters that are safe in URLs and shells."""
+    return secrets.token_urlsafe(32)
+
+
+def random_fernet_key() -> str:
+    """A key for cryptography.fernet: 32 random bytes, URL-safe base64."""
+    return base64.urlsafe_b64encode(secrets.token_bytes(32)).decode()
+
+
+def random_token() -> str:
+    """An API token: the prefix `atl_` and 256 random bits."""
+    return "atl_" + secrets.token_urlsafe(32)
+
+
+def password_weakness(password: str) -> str | None:
+    """Why a password is refused, or None.
+
+    The bound is the length times the bits of the smallest alphabet that covers it, so it never overrates a hexadecimal
+    string; a handful of distinct characters is refused whatever the length.
+    """
+    if not password:
+        return "is empty"
+    if re.fullmatch(r"[0-9]+", password):
+        alphabet = 10
+    elif re.fullmatch(r"[0-9a-f]+|[0-9A-F]+", password):
+        alphabet = 16
+    elif re.fullmatch(r"[a-z]+|[A-Z]+", password):
+        alphabet = 26
+    else:
+        alphabet = 64
+    bits = int(len(password) * math.log2(alphabet))
+    if bits < MINIMUM_BITS:
+        return f"is too short: {bits} bits at most, {MINIMUM_BITS} are the minimum"
+    if len(set(password)) < 8:
+        return "repeats a few characters: it is not random"
+    return None
+
+
+def _fernet_weakness(value: Any) -> str | None:
+    if not isinstance(value, list) or not value:
+        return "must be a list of keys, newest first"
+    for key in value:
+        try:
+            decoded = base64.urlsafe_b64decode(str(key))
+        except (binascii.Error, ValueError):
+            return "holds a key that is not URL-safe base64"
+        if len(decoded) != 32:
+            return "holds a key that is not 32 bytes long"
+    if len(set(value)) != len(value):
+        return "holds the same key twice"
+    return None
+
+
+def _password_weakness(value: Any) -> str | None:
+    return password_weakness(value) if isinstance(value, str) else "must be a string"
+
+
+def _tokens_weakness(value: Any) -> str | None:
+    if not isinstance(value, list) or not value:
+        return "must be a list of tokens"
+    names = []
+    for entry in value:
+        if not isinstance(entry, Mapping) or not {"name", "token", "scopes"} <= set(entry):
+            return "needs name, token and scopes in each entry"
+        names.append(entry["name"])
+        if not _TOKEN.fullmatch(str(entry["token"])):
+            return f"holds a malformed token for {entry['name']!r}: expected atl_ and 43 characters"
+        unknown = set(entry["scopes"]) - set(TOKEN_SCOPES)
+        if unknown:
+            return f"gives {entry['name']!r} unknown scopes: {', '.join(sorted(unknown))}"
+    return "names a token twice" if len(set(names)) != len(names) else None
+
+
+@dataclass(frozen=True)
+class Secret:
+    """One entry of the vault file."""
+
+    name: str
+    make: Callable[[], Any]
+    weakness: Callable[[Any], str | None]
+
+
+SECRETS = (
+    Secret("vault_atlas_fernet_keys", lambda: [random_fernet_key()], _fernet_weakness),
+    Secret("vault_atlas_database_password", random_password, _password_weakness),
+    Secret(
+        "vault_atlas_tokens",
+        lambda: [{"name": "operator", "token": random_token(), "scopes": list(TOKEN_SCOPES), "limits": None}],
+        _tokens_weakness,
+    ),
+)
+
+
+def generate() -> dict[str, Any]:
+    """New values for every secret, ready to be written as YAML or JSON."""
+    return {secret.name: secret.make() for secret in SECRETS}
+
+
+def value_errors(vault: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the values of a decrypted vault file; never quotes a value."""
+    errors = [f"{name} is in no list of secrets" for name in vault if name not in {secret.name for secret in SECRETS}]
+    for secret in SECRETS:
+        if secret.name not in vault:
+            errors.append(f"{secret.name} is missing")
+        else:
+            weakness = secret.weakness(vault[secret.name])
+            if weakness:
+                errors.append(f"{secret.name} {weakness}")
+    return errors
+
+
+def mirror_errors(vault: Mapping[str, Any], plain: Mapping[str, str]) -> list[str]:
+    """Compare the vault file with the plain group_vars that mirror it.
+
+    plain: path of each group_vars file -> its text. Every vault_x named there must be in the vault, and every vault_x of
+    the vault must be named there, so that neither side is a dead entry.
+    """
+    named: dict[str, str] = {}
+    for path, text in plain.items():
+        for line in text.splitlines():
+            for name in _REFERENCE.findall(line.split("#", 1)[0]):
+                named.setdefault(name, path)
+    errors = [
+        f"{path} uses {name}, which the vault file does not hold" for name, path in named.items() if name not in vault
+    ]
+    errors += [f"{name} is in the vault file, but no group_vars file mirrors it" for name in vault if name not in named]
+    return errors

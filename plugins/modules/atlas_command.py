@@ -1,0 +1,95 @@
+#!/usr/bin/python
+"""Module atlas_command: runs commands of a deployment's release in transient units, with its settings and credentials."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: atlas_command
+short_description: Run the atlas command of a deployment
+description:
+  - Runs each command in a transient unit with the settings and credentials of the deployment O(number), as the user of the
+    service and under its restrictions, whether or not that deployment is in service. Stops at the first one that fails.
+options:
+  number:
+    description: The deployment's number.
+    type: int
+    required: true
+  slot:
+    description: The slot that the command should take itself to be in.
+    type: str
+    choices: [blue, green]
+    default: blue
+  commands:
+    description: Argument lists, for instance V([[db, migrate]]).
+    type: list
+    elements: list
+    required: true
+  timeout:
+    description: Seconds that each command may take.
+    type: int
+    default: 120
+  reads:
+    description: Whether the commands change nothing.
+    type: bool
+    default: false
+author: Atlas
+attributes:
+  check_mode:
+    support: full
+    details: Nothing runs in check mode.
+"""
+
+EXAMPLES = r"""
+- name: Bring the schema to the release's head
+  atlas_command:
+    number: 7
+    commands: [[db, migrate]]
+"""
+
+RETURN = r"""
+outputs:
+  description: What each command printed.
+  type: list
+  returned: outside check mode
+"""
+
+from ansible.module_utils.atlas_host import Host, HostError
+from ansible.module_utils.basic import AnsibleModule
+
+
+def main() -> None:
+    """Run the module."""
+    module = AnsibleModule(
+        argument_spec={
+            "number": {"type": "int", "required": True},
+            "slot": {"type": "str", "choices": ["blue", "green"], "default": "blue"},
+            "commands": {"type": "list", "elements": "list", "required": True},
+            "timeout": {"type": "int", "default": 120},
+            "reads": {"type": "bool", "default": False},
+        },
+        supports_check_mode=True,
+    )
+    params = module.params
+    changed = not params["reads"]
+    if module.check_mode:
+        module.exit_json(changed=changed)
+    host = Host()
+    outputs = []
+    for argv in params["commands"]:
+        try:
+            done = host.command(params["number"], params["slot"], [str(word) for word in argv], params["timeout"])
+        except HostError as error:
+            module.fail_json(msg=str(error), log=error.log)
+        outputs.append(done.output.strip())
+        if changed:
+            host.record(
+                "command",
+                deployment=params["number"],
+                command=" ".join(map(str, argv)),
+                output=done.output.strip()[-300:],
+            )
+    module.exit_json(changed=changed, outputs=outputs)
+
+
+if __name__ == "__main__":
+    main()

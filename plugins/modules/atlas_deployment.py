@@ -1,0 +1,207 @@
+#!/usr/bin/python
+"""Module atlas_deployment: renders one deployment's directory (release, settings, encrypted credentials), whole or not at all."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: atlas_deployment
+short_description: Render a deployment on a host
+description:
+  - A deployment is a release, settings and a generation of credentials. The credentials are encrypted on the host, so that
+    equal ones look different each time; a keyed fingerprint over the content tells whether a deployment is the wanted one.
+options:
+  state:
+    description:
+      - V(present) renders the deployment O(number).
+      - V(compared) only tells whether the deployment in service has the wanted content.
+    type: str
+    choices: [present, compared]
+    default: present
+  number:
+    description: The deployment's number, the same on all hosts of a deploy. Required for O(state=present).
+    type: int
+  release:
+    description: ID of the release.
+    type: str
+    required: true
+  version:
+    description: Version of the release.
+    type: str
+    required: true
+  digest:
+    description: SHA-256 of the release's archive.
+    type: str
+    required: true
+  settings:
+    description: Text of the deployment's settings.yaml.
+    type: str
+    required: true
+  credentials:
+    description: Name to plaintext of the service's credentials. Never logged.
+    type: dict
+    required: true
+author: Atlas
+attributes:
+  check_mode:
+    support: full
+  diff_mode:
+    support: full
+"""
+
+EXAMPLES = r"""
+- name: Render the deployment
+  atlas_deployment:
+    number: 7
+    release: 0.1.0-0123456789ab
+    version: 0.1.0
+    digest: "{{ digest }}"
+    settings: "{{ atlas_settings | to_nice_yaml }}"
+    credentials: "{{ atlas_credentials }}"
+"""
+
+RETURN = r"""
+unchanged:
+  description: Whether the deployment in service already has this content.
+  type: bool
+  returned: always
+"""
+
+import grp
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ansible.module_utils.atlas_host import (
+    Host,
+    HostError,
+    fingerprint,
+    fingerprint_key,
+    now,
+    read_json,
+    sync_directory,
+)
+from ansible.module_utils.basic import AnsibleModule
+
+
+def encrypt(host: Host, name: str, secret: str) -> bytes:
+    """Return *secret* encrypted for this host under the name ``atlas_NAME``; it travels on stdin alone."""
+    done = host.run(["systemd-creds", "encrypt", f"--name=atlas_{name}", "-", "-"], stdin=secret.encode())
+    if done.status:
+        raise HostError(f"The credential {name} cannot be encrypted: {done.errors.strip()}")
+    return done.output.encode()
+
+
+def render(host: Host, wanted: Mapping[str, Any], credentials: Mapping[str, str]) -> None:
+    """Write the deployment of *wanted* (number, settings text and the fields of deployment.json); it appears by one rename."""
+    final = host.deployment(int(wanted["id"]))
+    partial = final.with_name(f".{final.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(mode=0o755)
+        partial.chmod(0o755)
+        (partial / "release").symlink_to(f"../../releases/{wanted['release']}")
+        _write(partial / "settings.yaml", str(wanted["settings"]).encode(), 0o640)
+        os.chown(partial / "settings.yaml", 0, grp.getgrnam("atlas").gr_gid)
+        content = {key: wanted[key] for key in ("id", "release", "version", "digest", "fingerprint", "created_at")}
+        _write(partial / "deployment.json", (json.dumps(content, indent=2) + "\n").encode(), 0o644)
+        (partial / "credentials").mkdir(mode=0o700)
+        for name, secret in credentials.items():
+            _write(partial / "credentials" / name, encrypt(host, name, secret), 0o600)
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        sync_directory(final.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _write(path: Path, content: bytes, mode: int) -> None:
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    with os.fdopen(handle, "wb") as file:
+        file.write(content)
+        os.fchmod(file.fileno(), mode)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def main() -> None:
+    """Run the module."""
+    module = AnsibleModule(
+        argument_spec={
+            "state": {"type": "str", "choices": ["present", "compared"], "default": "present"},
+            "number": {"type": "int"},
+            "release": {"type": "str", "required": True},
+            "version": {"type": "str", "required": True},
+            "digest": {"type": "str", "required": True},
+            "settings": {"type": "str", "required": True},
+            "credentials": {"type": "dict", "required": True, "no_log": True},
+        },
+        required_if=[("state", "present", ["number"])],
+        supports_check_mode=True,
+    )
+    try:
+        module.exit_json(**apply(module.params, Host(), module.check_mode))
+    except (HostError, OSError) as error:
+        module.fail_json(msg=str(error))
+
+
+def apply(params: Mapping[str, Any], host: Host, check: bool) -> dict[str, Any]:
+    """Bring *host* to the state of *params*; return the module's result."""
+    credentials = {name: str(secret) for name, secret in params["credentials"].items()}
+    settings = params["settings"]
+    slot = host.in_service()
+    current = host.slots()[slot] if slot else None
+    present = host.deployment(current) if current is not None else None
+    before_text = _read(present / "settings.yaml") if present else ""
+    before = read_json(present / "deployment.json") if present else {}
+    if not host.state.is_dir():
+        return {"changed": params["state"] == "present", "unchanged": False}
+    has_key = (host.state / "fingerprint.key").exists()
+    mark = (
+        fingerprint(fingerprint_key(host.state), params["digest"], settings, credentials)
+        if has_key or not check
+        else ""
+    )
+    unchanged = bool(mark) and before.get("fingerprint") == mark
+    if params["state"] == "compared":
+        return {"changed": False, "unchanged": unchanged, "current": current}
+    number = int(params["number"])
+    result: dict[str, Any] = {"unchanged": unchanged, "current": current, "number": number}
+    if mark and read_json(host.deployment(number) / "deployment.json").get("fingerprint") == mark:
+        return {**result, "changed": False}
+    names = (
+        sorted(path.name for path in (present / "credentials").iterdir())
+        if present and (present / "credentials").is_dir()
+        else []
+    )
+    result["diff"] = [
+        {
+            "before_header": f"deployment {current}" if present else "no deployment",
+            "after_header": f"deployment {number}",
+            "before": f"{before_text}release: {before.get('release')}\ncredentials: {', '.join(names)}\n"
+            if present
+            else "",
+            "after": f"{settings}release: {params['release']}\ncredentials: {', '.join(sorted(credentials))}\n",
+        }
+    ]
+    if not check:
+        fields = {key: params[key] for key in ("release", "version", "digest")}
+        render(
+            host, {**fields, "id": number, "fingerprint": mark, "created_at": now(), "settings": settings}, credentials
+        )
+        host.record("staged", deployment=number, release=params["release"])
+    return {**result, "changed": True}
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,235 @@
+#!/usr/bin/python
+"""Module atlas_facts: all that a deploy or a status report asks of a host, in one call; changes nothing."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: atlas_facts
+short_description: What is deployed on a host, and what state the host is in
+description:
+  - Returns slots, deployments, releases, the units, the transaction of an unfinished deploy, the end of the journal, disk,
+    memory, versions and ports of a host, and the balancer's map and the deploy lease where there is a balancer.
+options:
+  socket:
+    description: The admin socket of the balancer.
+    type: path
+    default: /run/haproxy/admin.sock
+  journal:
+    description: How many of the journal's last entries to return.
+    type: int
+    default: 10
+author: Atlas
+attributes:
+  check_mode:
+    support: full
+"""
+
+EXAMPLES = r"""
+- name: Look at the host
+  atlas_facts:
+  register: found
+"""
+
+RETURN = r"""
+slot:
+  description: The slot in service, or null.
+  type: str
+  returned: always
+slots:
+  description: Slot to deployment number.
+  type: dict
+  returned: always
+deployments:
+  description: Number to deployment.json.
+  type: dict
+  returned: always
+edge:
+  description: The balancer, its map and the lease; C(installed) is false where there is none.
+  type: dict
+  returned: always
+"""
+
+import os
+import platform
+import pwd
+import shutil
+import socket
+from pathlib import Path
+from typing import Any
+
+from ansible.module_utils.atlas_host import (
+    API_PORTS,
+    MONITORING_PORTS,
+    SLOTS,
+    Host,
+    HostError,
+    get,
+    read_json,
+    run,
+    units,
+)
+from ansible.module_utils.basic import AnsibleModule
+
+LEASE = Path("/var/lib/atlas-deploy/lease.json")
+MAP = Path("/etc/haproxy/slot.map")
+
+
+def debian() -> dict[str, str]:
+    """Return VERSION_ID and ID of the system."""
+    lines = Path("/etc/os-release").read_text().splitlines()
+    values = dict(line.split("=", 1) for line in lines if "=" in line)
+    return {"id": values.get("ID", "").strip('"'), "version": values.get("VERSION_ID", "").strip('"')}
+
+
+def memory() -> dict[str, int]:
+    """Return the memory of the host in MB: total and available, within the limit of its own control group if it has one."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    values = {name: int(rest.split()[0]) // 1024 for name, rest in (line.split(":", 1) for line in lines)}
+    total, available = values["MemTotal"], values["MemAvailable"]
+    for path, used in (
+        (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
+        (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes")),
+    ):
+        try:
+            limit = int(path.read_text()) >> 20
+            if limit < total:
+                total, available = limit, min(available, limit - (int(used.read_text()) >> 20))
+        except (OSError, ValueError):
+            continue
+    return {"total_mb": total, "available_mb": available}
+
+
+def listening() -> list[int]:
+    """Return the TCP ports that something listens on."""
+    ports = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        try:
+            rows = Path(table).read_text().splitlines()[1:]
+        except OSError:
+            continue
+        ports |= {int(row.split()[1].rsplit(":", 1)[1], 16) for row in rows if row.split()[3] == "0A"}
+    return sorted(ports)
+
+
+def balancer(path: str) -> dict[str, Any]:
+    """Return the balancer's state: the slot its file and its memory name, its servers, and the deploy lease."""
+    found: dict[str, Any] = {
+        "installed": Path("/usr/sbin/haproxy").exists(),
+        "file": None,
+        "memory": None,
+        "servers": {},
+    }
+    found["lease"] = read_json(LEASE)
+    if not found["installed"]:
+        return found
+    try:
+        rows = [line.split() for line in MAP.read_text().splitlines() if line.strip() and not line.startswith("#")]
+        found["file"] = dict(row[:2] for row in rows if len(row) >= 2).get("active")
+    except OSError:
+        found["file"] = None
+    try:
+        rows = [line.split() for line in ask(path, f"show map {MAP}").splitlines()]
+        found["memory"] = next((row[2] for row in rows if len(row) >= 3 and row[1] == "active"), None)
+        header, *lines = ask(path, "show stat").lstrip("# ").splitlines()
+        columns = header.split(",")
+        for line in lines:
+            row = dict(zip(columns, line.split(","), strict=False))
+            if row.get("svname") not in ("FRONTEND", "BACKEND", None, ""):
+                found["servers"][f"{row['pxname']}/{row['svname']}"] = row.get("status", "")
+    except OSError as error:
+        found["error"] = f"its socket {path} does not answer ({error.strerror or error})"
+    return found
+
+
+def ask(path: str, command: str) -> str:
+    """Return the balancer's answer to *command* on its socket *path*."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+        client.settimeout(5)
+        client.connect(path)
+        client.sendall(command.encode() + b"\n")
+        chunks = []
+        while chunk := client.recv(65536):
+            chunks.append(chunk)
+    return b"".join(chunks).decode(errors="replace")
+
+
+def free_mb(path: Path) -> int:
+    """Return the free space in MB of the file system that holds *path*, or will."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free >> 20
+
+
+def facts(path: str, entries: int) -> dict[str, Any]:
+    """Return everything about this host."""
+    host = Host()
+    provisioned = Path("/etc/systemd/system/atlas-api@.service").exists()
+    names = [name for slot in SLOTS for name in units(slot)]
+    shown = host.show(names) if provisioned else {}
+    states = {
+        name: {
+            "state": shown[name].get("ActiveState"),
+            "restarts": int(shown[name].get("NRestarts") or 0),
+            "memory": int(shown[name]["MemoryCurrent"]) if shown[name].get("MemoryCurrent", "").isdigit() else None,
+        }
+        for name in names
+        if name in shown
+    }
+    ports = listening()
+    slot = host.in_service()
+    ours = {
+        port: states.get(f"atlas-{service}@{name}.service", {}).get("state")
+        in ("active", "activating", "deactivating", "reloading")
+        for service, table in (("api", API_PORTS), ("monitoring", MONITORING_PORTS))
+        for name, port in table.items()
+    }
+    ready = get(API_PORTS[slot], "/readyz") if slot else None
+    try:
+        pwd.getpwnam("atlas")
+        user = True
+    except KeyError:
+        user = False
+    return {
+        "provisioned": provisioned and user,
+        "slot": slot,
+        "slots": host.slots(),
+        "deployments": {str(number): content for number, content in host.deployments().items()},
+        "releases": host.releases(),
+        "good": host.good(),
+        "highest": host.highest(),
+        "transaction": host.transaction(),
+        "units": states,
+        "ready": {"status": ready.status, "release": ready.headers.get("x-atlas-release"), "body": ready.body}
+        if ready
+        else None,
+        "journal": host.journal()[-entries:] if entries else [],
+        "edge": balancer(path),
+        "disk": {"opt_mb": free_mb(Path("/opt/atlas")), "var_mb": free_mb(Path("/var/lib/atlas"))},
+        "memory": memory(),
+        "debian": debian(),
+        "python": ".".join(platform.python_version_tuple()[:2]),
+        "postgresql": Path("/usr/lib/postgresql").is_dir()
+        and run(["systemctl", "is-active", "--quiet", "postgresql"]).status == 0,
+        "ports": ports,
+        "foreign_ports": [port for port, is_ours in ours.items() if port in ports and not is_ours],
+        "kernel": os.uname().release,
+    }
+
+
+def main() -> None:
+    """Run the module."""
+    module = AnsibleModule(
+        argument_spec={
+            "socket": {"type": "path", "default": "/run/haproxy/admin.sock"},
+            "journal": {"type": "int", "default": 10},
+        },
+        supports_check_mode=True,
+    )
+    try:
+        module.exit_json(changed=False, **facts(module.params["socket"], module.params["journal"]))
+    except HostError as error:
+        module.fail_json(msg=str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,333 @@
+"""An app host's files, its health gate, and the deployments and slots on it."""
+
+from __future__ import annotations
+
+import grp
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import atlas_deployment
+import atlas_slot
+import pytest
+from ansible.module_utils import atlas_host
+from ansible.module_utils.atlas_host import Answer, Done, Gate, Host, HostError
+
+ACTIVE = {
+    name: {"Id": name, "ActiveState": "active", "SubState": "running", "MainPID": "7", "NRestarts": "0"}
+    for name in atlas_host.units("blue")
+}
+
+
+class Fake:
+    """Stands for systemd: remembers what it was asked, keeps units and enabled targets."""
+
+    def __init__(self, boot: Path) -> None:
+        self.boot = boot
+        self.calls: list[list[str]] = []
+        self.active: set[str] = set()
+
+    def __call__(
+        self, argv: Sequence[str], stdin: bytes | None = None, timeout: float = 60, env: Mapping[str, str] | None = None
+    ) -> Done:
+        self.calls.append(list(argv))
+        if argv[0] == "systemd-creds":
+            return Done(0, "encrypted\n", "")
+        if argv[:2] == ["systemctl", "show"]:
+            blocks = []
+            for name in argv[4:]:
+                state = "active" if name in self.active else "inactive"
+                blocks.append(f"Id={name}\nActiveState={state}\nSubState=x\nMainPID=7\nNRestarts=0")
+            return Done(0, "\n\n".join(blocks), "")
+        if argv[:2] == ["systemctl", "stop"]:
+            self.active -= set(argv[3:])
+        if argv[:2] == ["systemctl", "start"]:
+            self.active |= set(argv[3:])
+        if argv[:2] == ["systemctl", "enable"]:
+            (self.boot / argv[-1]).symlink_to("/etc/systemd/system/atlas@.target")
+        if argv[:2] == ["systemctl", "disable"]:
+            (self.boot / argv[-1]).unlink()
+        return Done(0, "", "")
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Host:
+    for name in ("opt/archives", "opt/releases", "opt/deployments", "opt/slots", "state", "boot"):
+        (tmp_path / name).mkdir(parents=True)
+    return Host(tmp_path / "opt", tmp_path / "state", tmp_path / "boot", Fake(tmp_path / "boot"))
+
+
+def deployed(host: Host, number: int, release: str = "1.0-abc") -> None:
+    """Put a deployment on *host*."""
+    directory = host.deployment(number)
+    directory.mkdir()
+    (directory / "deployment.json").write_text(json.dumps({"id": number, "release": release}))
+    (host.root / "releases" / release).mkdir(exist_ok=True)
+
+
+def serving(host: Host, slot: str, number: int) -> None:
+    """Bring the deployment *number* into service in *slot*."""
+    deployed(host, number)
+    host.point(slot, number)
+    host.start(slot)
+    host.enable(slot)
+    host.record("finished", deployment=number)
+
+
+def params(**other: Any) -> dict[str, Any]:
+    return {"host": "app1", "timeout": 5, "stop_timeout": 5, "minimum_healthy": 0, "keep": 3, "deploy": "d1"} | other
+
+
+@pytest.fixture
+def healthy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Host, "wait_healthy", lambda *_: 0.1)
+
+
+def test_a_slot_is_pointed_by_one_rename_and_read_back(host: Host) -> None:
+    host.point("blue", 3)
+    host.point("blue", 4)
+    assert host.slots() == {"blue": 4, "green": None}
+    assert os.listdir(host.root / "slots") == ["blue"]
+
+
+def test_the_slot_in_service_is_the_one_that_boot_starts(host: Host) -> None:
+    assert host.in_service() is None
+    host.enable("blue")
+    host.enable("green")
+    assert host.in_service() == "green" and not host.enable("green")
+
+
+def test_a_transaction_keeps_what_was_before_the_first_change(host: Host) -> None:
+    host.begin({"deploy": "d1", "deployment": 2, "slot": "blue", "slots": {"blue": 1}})
+    host.begin({"deploy": "d1", "deployment": 2, "slot": "blue", "slots": {"blue": 2}})
+    assert host.transaction()["slots"] == {"blue": 1}
+    host.end()
+    assert host.transaction() == {}
+
+
+def test_a_torn_line_does_not_spoil_the_journal(host: Host) -> None:
+    host.record("finished", deployment=1)
+    with (host.state / "journal.jsonl").open("a") as file:
+        file.write('{"event": "fini')
+    assert host.good() == [1] and host.highest() == 1
+
+
+def test_pruning_never_takes_what_a_rollback_needs(host: Host) -> None:
+    for number in range(1, 7):
+        deployed(host, number, f"1.0-{number}")
+        if number != 5:  # 5 failed
+            host.record("finished", deployment=number)
+    host.point("blue", 6)
+    host.prune(keep=1)
+    assert list(host.deployments()) == [4, 6]
+    assert host.releases() == ["1.0-4", "1.0-6"]
+
+
+def test_a_finished_deployment_serves_and_boots_and_the_old_one_stops(host: Host, healthy: None) -> None:
+    serving(host, "blue", 1)
+    deployed(host, 2)
+    slot = atlas_slot.Slot(params(slot="green", number=2, release="1.0-abc"), host, False)
+    slot.started()
+    assert host.in_service() == "blue" and host.active("blue") and host.active("green")
+    slot.finished()
+    assert host.in_service() == "green" and not host.active("blue") and host.active("green")
+    assert host.transaction() == {} and host.good() == [1, 2]
+
+
+def test_undoing_a_switch_stops_the_new_slot_and_leaves_the_old(host: Host, healthy: None) -> None:
+    serving(host, "blue", 1)
+    deployed(host, 2)
+    atlas_slot.Slot(params(slot="green", number=2, release="1.0-abc"), host, False).started()
+    result = atlas_slot.Slot(params(), host, False).undone()
+    assert result["changed"] and host.slots() == {"blue": 1, "green": None}
+    assert host.active("blue") and not host.active("green") and host.in_service() == "blue"
+
+
+def test_undoing_a_rolling_step_brings_the_old_deployment_back(host: Host, healthy: None) -> None:
+    serving(host, "blue", 1)
+    deployed(host, 2)
+    atlas_slot.Slot(params(slot="blue", number=2, release="1.0-abc"), host, False).started()
+    assert host.slots()["blue"] == 2
+    result = atlas_slot.Slot(params(), host, False).undone()
+    assert result["changed"] and host.slots()["blue"] == 1 and len(host.active("blue")) == 4
+    commands = [call[1:] for call in host.run.calls if call[0] == "/usr/local/bin/atlas"]  # type: ignore[attr-defined]
+    assert commands == [["tokens", "apply"], ["admission", "admit", "1"], ["admission", "dismiss", "2"]]
+
+
+def test_undoing_a_first_deploy_leaves_nothing_running(host: Host, healthy: None) -> None:
+    deployed(host, 1)
+    atlas_slot.Slot(params(slot="blue", number=1, release="1.0-abc"), host, False).started()
+    atlas_slot.Slot(params(), host, False).undone()
+    assert host.slots() == {"blue": None, "green": None} and not host.active("blue")
+
+
+def test_nothing_is_undone_where_nothing_was_begun(host: Host) -> None:
+    assert atlas_slot.Slot(params(), host, False).undone()["changed"] is False
+
+
+@pytest.mark.parametrize("state", ["started", "finished", "undone"])
+def test_check_mode_changes_nothing(host: Host, state: str) -> None:
+    serving(host, "blue", 1)
+    deployed(host, 2)
+    host.begin(
+        {"deploy": "d0", "deployment": 2, "slot": "green", "slots": {"blue": 1, "green": None}, "in_service": "blue"}
+    )
+    before = (host.slots(), host.in_service(), host.transaction(), host.journal())
+    slot = atlas_slot.Slot(params(slot="green", number=2, release="1.0-abc"), host, True)
+    assert getattr(slot, state)()["changed"]
+    assert (host.slots(), host.in_service(), host.transaction(), host.journal()) == before
+
+
+# The health gate
+
+
+def answers(
+    workers: Sequence[Mapping[str, Any]] | None = None, status: int = 200, release: str = "1.0-abc"
+) -> Callable[[int, str], Answer]:
+    """Return what stands for the API of a host."""
+    beats = workers if workers is not None else [beat("core"), beat("services")]
+
+    def ask(port: int, path: str) -> Answer:
+        assert port == 8101
+        if path == "/readyz":
+            return Answer(
+                status, {"x-atlas-release": release}, {"checks": {"database": "locked"}} if status != 200 else {}
+            )
+        return Answer(200, {}, {"workers": beats})
+
+    return ask
+
+
+def beat(service: str, **other: Any) -> dict[str, Any]:
+    return {"service": service, "host": "app1", "slot": "blue", "deployment": 5, "age_seconds": 1.0} | other
+
+
+def gate(ask: Callable[[int, str], Answer]) -> Gate:
+    return Gate("blue", 5, "1.0-abc", "app1", ask)
+
+
+def test_the_gate_opens_when_all_is_well() -> None:
+    assert gate(answers()).fault(ACTIVE) is None
+
+
+@pytest.mark.parametrize(
+    ("ask", "guilty", "said"),
+    [
+        (answers(status=503), "api", "/readyz says 503 (database: locked)"),
+        (answers(status=0), "api", "/readyz says nothing (no connection)"),
+        (answers(release="0.9-old"), "api", "answers as release 0.9-old, expected 1.0-abc"),
+        (answers([beat("core")]), "services", "no live heartbeat"),
+        (answers([beat("core", deployment=4), beat("services")]), "core", "no live heartbeat"),
+        (answers([beat("core", age_seconds=99), beat("services")]), "core", "no live heartbeat"),
+        (answers([beat("core", host="app2"), beat("services")]), "core", "no live heartbeat"),
+        (answers([beat("core", slot="green"), beat("services")]), "core", "no live heartbeat"),
+    ],
+)
+def test_the_gate_names_the_guilty_unit(ask: Callable[[int, str], Answer], guilty: str, said: str) -> None:
+    fault = gate(ask).fault(ACTIVE)
+    assert fault is not None and fault[0] == f"atlas-{guilty}@blue.service" and said in fault[1]
+
+
+def test_the_gate_stays_shut_while_a_service_is_down() -> None:
+    shown = ACTIVE | {"atlas-core@blue.service": {"ActiveState": "activating", "SubState": "auto-restart"}}
+    assert gate(answers()).fault(shown) == ("atlas-core@blue.service", "is activating (auto-restart)")
+
+
+def test_waiting_ends_and_says_why(host: Host) -> None:
+    host.start("blue")
+    with pytest.raises(HostError, match=r"atlas-api@blue.service: /readyz says 503 .*not healthy within 0.3 s"):
+        host.wait_healthy(gate(answers(status=503)), timeout=0.3, minimum=0)
+
+
+def test_a_service_that_crashes_again_and_again_is_not_waited_for(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    restarts = iter(range(100))
+
+    def show(names: Sequence[str]) -> dict[str, dict[str, str]]:
+        return {**ACTIVE, "atlas-core@blue.service": {"ActiveState": "activating", "NRestarts": str(next(restarts))}}
+
+    monkeypatch.setattr(host, "show", show)
+    with pytest.raises(HostError, match="atlas-core@blue.service ends again and again"):
+        host.wait_healthy(gate(answers()), timeout=30, minimum=0)
+
+
+def test_a_restart_within_the_minimum_healthy_time_starts_it_anew(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    processes = iter(range(100))
+
+    def show(names: Sequence[str]) -> dict[str, dict[str, str]]:
+        return {
+            **ACTIVE,
+            "atlas-api@blue.service": {**ACTIVE["atlas-api@blue.service"], "MainPID": str(next(processes))},
+        }
+
+    monkeypatch.setattr(host, "show", show)
+    with pytest.raises(HostError, match="do not stay the same"):
+        host.wait_healthy(gate(answers()), timeout=0.3, minimum=0.5)
+
+
+# Deployments
+
+
+@pytest.fixture
+def as_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "chown", lambda *_: None)
+    monkeypatch.setattr(grp, "getgrnam", lambda _: type("G", (), {"gr_gid": 0}))
+
+
+def wanted(**other: Any) -> dict[str, Any]:
+    content = {
+        "release": "1.0-abc",
+        "version": "1.0",
+        "digest": "d" * 64,
+        "settings": "a: 1\n",
+        "credentials": {"tokens": "SECRET"},
+    }
+    return {"state": "present", "number": 1} | content | other
+
+
+def test_a_deployment_appears_whole_and_once(host: Host, as_root: None) -> None:
+    first = atlas_deployment.apply(wanted(), host, False)
+    again = atlas_deployment.apply(wanted(), host, False)
+    directory = host.deployment(1)
+    assert (first["changed"], again["changed"]) == (True, False)
+    assert sorted(os.listdir(directory)) == ["credentials", "deployment.json", "release", "settings.yaml"]
+    assert os.readlink(directory / "release") == "../../releases/1.0-abc"
+    assert (directory / "credentials").stat().st_mode & 0o777 == 0o700
+    assert (directory / "settings.yaml").stat().st_mode & 0o777 == 0o640
+    assert os.listdir(host.root / "deployments") == ["1"]
+
+
+def test_no_secret_is_in_the_result_or_on_the_disk(host: Host, as_root: None) -> None:
+    result = atlas_deployment.apply(wanted(), host, False)
+    assert "SECRET" not in json.dumps(result)
+    assert not any("SECRET" in path.read_text() for path in host.root.rglob("*") if path.is_file())
+    argv = [word for call in host.run.calls for word in call]  # type: ignore[attr-defined]
+    assert "SECRET" not in argv
+
+
+@pytest.mark.parametrize("other", [{"settings": "a: 2\n"}, {"digest": "e" * 64}, {"credentials": {"tokens": "OTHER"}}])
+def test_a_change_of_code_settings_or_secrets_is_recognised(host: Host, as_root: None, other: dict[str, Any]) -> None:
+    atlas_deployment.apply(wanted(), host, False)
+    host.point("blue", 1)
+    host.enable("blue")
+    assert atlas_deployment.apply(wanted(state="compared"), host, False)["unchanged"]
+    assert not atlas_deployment.apply(wanted(state="compared", **other), host, False)["unchanged"]
+
+
+def test_a_deployment_that_cannot_be_rendered_leaves_nothing(
+    host: Host, as_root: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> bytes:
+        raise HostError("no key")
+
+    monkeypatch.setattr(atlas_deployment, "encrypt", fail)
+    with pytest.raises(HostError):
+        atlas_deployment.apply(wanted(), host, False)
+    assert os.listdir(host.root / "deployments") == []
+
+
+def test_check_mode_renders_nothing_and_shows_what_would_change(host: Host, as_root: None) -> None:
+    result = atlas_deployment.apply(wanted(), host, True)
+    assert result["changed"] and "a: 1" in result["diff"][0]["after"]
+    assert os.listdir(host.root / "deployments") == [] and os.listdir(host.state) == []

@@ -1,0 +1,379 @@
+"""haproxy_runtime against real HAProxy of both Debians, with the role's own configuration, on loopback."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from ansible.module_utils.haproxy_runtime import (
+    Balancer,
+    RuntimeFailure,
+    Server,
+    entries,
+    is_already,
+    parse_old_workers,
+    parse_servers,
+    with_entry,
+)
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tests.templates.checks import CODENAMES, Container
+from tests.templates.render import PROJECT, render
+
+pytestmark = pytest.mark.timeout(900)  # the first run makes the images
+
+ADDRESSES = {"app1": "127.0.0.1", "app2": "127.0.0.2"}
+BLUE = ["be_blue/app1", "be_blue/app2"]
+
+
+class Service(ThreadingHTTPServer):
+    """One slot on one host: /readyz says whether it is ready, /slow answers when it is released."""
+
+    daemon_threads = True
+    allow_reuse_address = True
+
+    def __init__(self, host: str, slot: str, port: int) -> None:
+        self.slot, self.ready, self.release, self.arrived = slot, True, threading.Event(), threading.Event()
+        super().__init__((ADDRESSES[host], port), Handler)
+        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+
+    def kill(self) -> None:
+        """Stop listening, as a service that died."""
+        self.release.set()
+        self.shutdown()
+        self.server_close()
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers for a Service."""
+
+    def do_GET(self) -> None:
+        """Answer health checks and requests."""
+        service = self.server
+        assert isinstance(service, Service)
+        if self.path == "/slow":
+            service.arrived.set()
+            service.release.wait(30)
+        self.send_response(503 if self.path == "/readyz" and not service.ready else 200)
+        self.send_header("X-Slot", service.slot)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Keep quiet."""
+
+
+@dataclass
+class Edge:
+    """A running HAProxy and the services behind it."""
+
+    container: Container
+    directory: Path
+    port: int
+    slots: dict[str, int]
+    services: dict[str, Service] = field(default_factory=dict)
+
+    @property
+    def balancer(self) -> Balancer:
+        return Balancer(str(self.directory / "admin.sock"), str(self.directory / "master.sock"))
+
+    @property
+    def map(self) -> str:
+        return str(self.directory / "slot.map")
+
+    def start(self, host: str, slot: str) -> Service:
+        """Start the service of a slot."""
+        self.services[f"be_{slot}/{host}"] = service = Service(host, slot, self.slots[slot])
+        return service
+
+    def get(self, path: str = "/", seconds: float = 10) -> tuple[int, str | None]:
+        """Status and slot of one request through the balancer, over a fresh connection."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=seconds)
+        try:
+            connection.request("GET", path)
+            answer = connection.getresponse()
+            return answer.status, answer.getheader("X-Slot")
+        finally:
+            connection.close()
+
+    def reload(self) -> None:
+        """Reload as the unit does: save the state, check, tell the master; wait for the new worker."""
+        before = self.balancer.runtime.ask("show info").split("Pid: ")[1].split()[0]
+        saved = self.container.shell(f"python3 {self.directory}/save-state.py && kill -USR2 1")
+        assert saved.returncode == 0, saved.stderr
+        until(lambda: before != self.balancer.runtime.ask("show info").split("Pid: ")[1].split()[0])
+
+
+def until(condition: Callable[[], bool], seconds: float = 10) -> None:
+    """Wait for a condition; a failing question counts as no."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            if condition():
+                return
+        except (RuntimeFailure, OSError, IndexError):
+            pass
+        assert time.monotonic() < deadline, "the condition did not become true in time"
+        time.sleep(0.02)
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nothing listens on, on any address."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for item in sockets:
+            item.bind(("0.0.0.0", 0))  # noqa: S104 - only to find a port that is free everywhere
+        return [item.getsockname()[1] for item in sockets]
+    finally:
+        for item in sockets:
+            item.close()
+
+
+@pytest.fixture(params=CODENAMES)
+def edge(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Edge]:
+    """HAProxy with both services of blue up and green stopped."""
+    directory = Path(tmp_path_factory.mktemp("haproxy"))
+    for parent in (directory, *directory.parents[:2]):
+        parent.chmod(0o777 if parent == directory else 0o755)
+    port, stats, blue, green = free_ports(4)
+    slots = {"blue": blue, "green": green}
+    variables = {
+        "haproxy_servers": [{"name": name, "address": address} for name, address in ADDRESSES.items()],
+        "haproxy_slot_ports": slots,
+        "haproxy_bind_port": port,
+        "haproxy_stats_port": stats,
+    }
+
+    def place(template: str, name: str) -> None:
+        text = render("haproxy", template, request.param, **variables)
+        for folder in ("/run/haproxy", "/etc/haproxy/errors", "/etc/haproxy"):
+            text = text.replace(f"{folder}/", f"{directory}/")
+        (directory / name).write_text(text)
+
+    place("haproxy.cfg.j2", "haproxy.cfg")
+    place("503.http.j2", "atlas-503.http")
+    place("save-state.py.j2", "save-state.py")
+    (directory / "slot.map").write_text("active be_blue\n")
+    (directory / "server-state").write_text("1\n")
+    command = ("haproxy", "-W", "-f", f"{directory}/haproxy.cfg", "-S", f"{directory}/master.sock")
+    with Container(
+        request.param, "--network=host", "--volume", f"{directory}:{directory}", command=command
+    ) as container:
+        edge = Edge(container, directory, port, slots)
+        try:
+            for host in ADDRESSES:
+                edge.start(host, "blue")
+            until(lambda: all(edge.balancer.servers(BLUE)[name].up for name in BLUE))
+            until(lambda: edge.balancer.servers()["be_green/app1"].status == "DOWN")
+            yield edge
+        finally:
+            for service in edge.services.values():
+                service.kill()
+
+
+def slow_request(edge: Edge) -> tuple[threading.Thread, list[int]]:
+    """A request in flight at blue on app1 (app2 is out), and where its status will be."""
+    edge.balancer.maint(["be_blue/app2"])
+    statuses: list[int] = []
+    thread = threading.Thread(target=lambda: statuses.append(edge.get("/slow", 30)[0]), daemon=True)
+    thread.start()
+    assert edge.services["be_blue/app1"].arrived.wait(10)
+    return thread, statuses
+
+
+def test_drained_waits_for_requests_in_flight(edge: Edge) -> None:
+    thread, statuses = slow_request(edge)
+    threading.Timer(0.5, edge.services["be_blue/app1"].release.set).start()
+    begin = time.monotonic()
+    after = edge.balancer.drained(["be_blue/app1"], 10)
+    assert time.monotonic() - begin >= 0.4
+    thread.join(10)
+    assert statuses == [200]
+    assert after["be_blue/app1"].status == "MAINT" and after["be_blue/app1"].sessions == 0
+    assert edge.get()[0] == 503  # nothing is left, and the balancer says so
+    assert is_already("drained", edge.balancer.servers(["be_blue/app1"]))
+
+
+def test_drained_names_who_outlives_the_deadline(edge: Edge) -> None:
+    thread, statuses = slow_request(edge)
+    begin = time.monotonic()
+    with pytest.raises(RuntimeFailure, match=r"not drained within 0.5 s: be_blue/app1 is DRAIN \(L7OK, 1 in flight\)"):
+        edge.balancer.drained(["be_blue/app1", "be_blue/app2"], 0.5)
+    assert time.monotonic() - begin < 3
+    assert edge.balancer.servers()["be_blue/app1"].status == "DRAIN"
+    edge.services["be_blue/app1"].release.set()
+    thread.join(10)
+    assert statuses == [200]
+
+
+def test_drained_asks_the_process_from_before_a_reload(edge: Edge) -> None:
+    thread, statuses = slow_request(edge)
+    edge.reload()
+    assert edge.balancer.servers()["be_blue/app1"].sessions == 0, "the new process knows nothing of that request"
+    with pytest.raises(RuntimeFailure, match="be_blue/app1 has 1 in flight in a process from before a reload"):
+        edge.balancer.drained(["be_blue/app1"], 0.5)
+    edge.services["be_blue/app1"].release.set()
+    edge.balancer.drained(["be_blue/app1"], 10)
+    thread.join(10)
+    assert statuses == [200]
+
+
+def test_a_reload_keeps_drains(edge: Edge) -> None:
+    edge.balancer.warm(["be_blue/app1"], 10)
+    edge.reload()
+    assert edge.balancer.servers()["be_blue/app1"].status == "DRAIN"
+
+
+def test_ready_does_not_believe_in_a_dead_server(edge: Edge) -> None:
+    name = "be_blue/app1"
+    edge.balancer.maint([name])
+    edge.services[name].kill()
+    edge.balancer.runtime.order(f"set server {name} state ready")
+    assert edge.balancer.servers()[name].status.startswith("UP"), "the trap that the module exists for is gone"
+    edge.balancer.maint([name])
+    with pytest.raises(RuntimeFailure, match=r"no passed health check within 2.5 s: be_blue/app1 is .*L4CON"):
+        edge.balancer.ready([name], 2.5)
+    assert not edge.balancer.servers()[name].status.startswith("UP")
+    assert {edge.get()[0] for _ in range(10)} == {200}
+
+
+def test_warm_waits_for_a_check_made_now(edge: Edge) -> None:
+    name = "be_blue/app1"
+    edge.balancer.maint([name])
+    edge.services[name].ready = False  # the last check before passed: what HAProxy shows first is stale
+    with pytest.raises(RuntimeFailure, match="L7STS"):
+        edge.balancer.warm([name], 2.5)
+    edge.services[name].ready = True
+    after = edge.balancer.warm([name], 10)
+    assert after[name].status == "DRAIN" and after[name].checked
+
+
+def test_many_servers_leave_and_join_at_once(edge: Edge) -> None:
+    begin = time.monotonic()
+    edge.balancer.drained(BLUE, 10)
+    assert all(server.up for server in edge.balancer.ready(BLUE, 10).values())
+    assert time.monotonic() - begin < 6
+    assert is_already("ready", edge.balancer.servers(BLUE))
+    assert edge.get() == (200, "blue")
+
+
+def test_switched_changes_file_and_memory(edge: Edge) -> None:
+    with pytest.raises(RuntimeFailure, match=r"be_green needs 1 server\(s\) UP before traffic goes there"):
+        edge.balancer.switch(edge.map, "active", "be_green", 1)
+    with pytest.raises(RuntimeFailure, match="no backend be_red"):
+        edge.balancer.switch(edge.map, "active", "be_red", 1)
+    assert Path(edge.map).read_text() == "active be_blue\n"
+    edge.start("app1", "green")
+    edge.balancer.ready(["be_green/app1"], 10)
+    with pytest.raises(RuntimeFailure, match=r"needs 2 server\(s\) UP"):
+        edge.balancer.switch(edge.map, "active", "be_green", 2)
+    assert edge.get() == (200, "blue")
+    edge.balancer.switch(edge.map, "active", "be_green", 1)
+    assert Path(edge.map).read_text() == "active be_green\n"
+    assert edge.balancer.map_value(edge.map, "active") == "be_green"
+    assert {edge.get() for _ in range(10)} == {(200, "green")}
+    edge.reload()
+    assert {edge.get() for _ in range(10)} == {(200, "green")}
+
+
+def test_an_old_map_falls_back_to_the_slot_that_lives(edge: Edge) -> None:
+    edge.start("app2", "green")
+    edge.balancer.ready(["be_green/app2"], 10)
+    edge.balancer.maint(BLUE)
+    assert {edge.get() for _ in range(5)} == {(200, "green")}
+
+
+def test_a_refused_order_leaves_the_file_alone(edge: Edge, tmp_path: Path) -> None:
+    unknown = tmp_path / "unknown.map"
+    unknown.write_text("active be_green\n")
+    with pytest.raises(RuntimeFailure):
+        edge.balancer.switch(str(unknown), "active", "be_blue", 1)
+    assert unknown.read_text() == "active be_green\n"
+
+
+def ansible(edge: Edge, arguments: Mapping[str, object], *options: str) -> dict[str, object]:
+    """Outcome of the module, run by Ansible."""
+    sockets = {"socket": str(edge.directory / "admin.sock"), "master_socket": str(edge.directory / "master.sock")}
+    call = json.dumps({**sockets, "map_path": edge.map, **arguments})
+    command = [str(Path(sys.executable).parent / "ansible"), "localhost", "-i", "localhost,", "-c", "local"]
+    environment = os.environ | {
+        "ANSIBLE_LOAD_CALLBACK_PLUGINS": "1",
+        "ANSIBLE_STDOUT_CALLBACK": "ansible.builtin.oneline",
+    }
+    environment |= {"ANSIBLE_INVENTORY_ENABLED": "host_list", "ANSIBLE_PYTHON_INTERPRETER": sys.executable}
+    done = subprocess.run(
+        [*command, *options, "-m", "haproxy_runtime", "-a", call],
+        cwd=PROJECT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert "=> {" in done.stdout, done.stdout + done.stderr
+    outcome: dict[str, object] = json.loads(done.stdout[done.stdout.index("=> {") + 3 :])
+    return outcome
+
+
+def test_module_reports_what_changed(edge: Edge) -> None:
+    green = {"state": "switched", "map_value": "be_green"}
+    maint = {"state": "maint", "servers": ["be_blue/app1"]}
+    assert ansible(edge, maint, "--check")["changed"] is True
+    assert edge.balancer.servers()["be_blue/app1"].up, "check mode changed something"
+    changed = ansible(edge, maint)
+    assert changed["changed"] is True
+    assert changed["after"] == {"be_blue/app1": {"status": "MAINT", "check": "", "sessions": 0, "weight": 100}}
+    assert ansible(edge, maint)["changed"] is False
+    assert "be_green needs 1" in str(ansible(edge, green)["msg"])
+    assert ansible(edge, {"state": "switched", "map_value": "be_blue"})["changed"] is False
+    assert "no server be_blue/app9" in str(ansible(edge, {"state": "maint", "servers": ["be_blue/app9"]})["msg"])
+
+
+def test_a_socket_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeFailure, match=r"none\.sock cannot be used.*systemctl status haproxy"):
+        Balancer(str(tmp_path / "none.sock")).servers()
+
+
+def test_a_silent_socket_does_not_hang(tmp_path: Path) -> None:
+    path = str(tmp_path / "silent.sock")
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.bind(path)
+        silent.listen()
+        begin = time.monotonic()
+        with pytest.raises(RuntimeFailure, match="did not answer 'show stat'"):
+            Balancer(path).runtime.ask("show stat", 0.2)
+        assert time.monotonic() - begin < 2
+
+
+def test_statistics_are_parsed() -> None:
+    text = (
+        "# pxname,svname,scur,status,weight,type,check_status\n"
+        "be_blue,app1,3,UP 1/2,100,2,* L7OK\n"
+        "be_blue,BACKEND,3,UP,100,1,\n"
+    )
+    assert parse_servers(text) == {"be_blue/app1": Server("be_blue/app1", "UP 1/2", "* L7OK", 3, 100)}
+    assert not parse_servers(text)["be_blue/app1"].up
+
+
+def test_old_workers_are_told_from_the_current_one() -> None:
+    text = "#<PID> <type> <reloads>\n10 master 1\n# workers\n12 worker 0\n# old workers\n11 worker 1\n# programs\n"
+    assert parse_old_workers(text) == [11]
+
+
+def test_map_files_keep_what_is_not_theirs() -> None:
+    text = "# who is in service\nother x\nactive be_blue\nactive be_green\n"
+    assert entries(text)["active"] == "be_blue"
+    assert with_entry(text, "active", "be_green") == "# who is in service\nother x\nactive be_green\n"
+    assert with_entry("", "active", "be_green") == "active be_green\n"

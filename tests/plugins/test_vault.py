@@ -1,0 +1,254 @@
+"""The secrets of an environment: their form, the password client, and the inventory plugin that opens the vault."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ansible.module_utils.vault_spec import SECRETS, generate, mirror_errors, password_weakness, value_errors
+
+PROJECT = Path(__file__).resolve().parents[2]
+STRONG = "kM3-dh_28fJx0QpLr7TzVw1NcYb5EuSa9GoHiKj4XyZ"
+
+
+def test_generated_values_pass_their_own_checks_and_differ() -> None:
+    first, second = generate(), generate()
+    assert value_errors(first) == []
+    assert all(first[name] != second[name] for name in first)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("vault_atlas_database_password", "secret", "too short"),
+        ("vault_atlas_database_password", "", "empty"),
+        ("vault_atlas_database_password", "ab" * 40, "not random"),
+        ("vault_atlas_fernet_keys", ["c2hvcnQ="], "32 bytes"),
+        ("vault_atlas_fernet_keys", [], "list"),
+        ("vault_atlas_tokens", [{"name": "a", "token": "atl_short", "scopes": []}], "malformed"),
+        ("vault_atlas_tokens", [{"name": "a", "token": "atl_" + "x" * 43, "scopes": ["root"]}], "unknown scopes: root"),
+        ("vault_atlas_tokens", [{"name": "a"}], "needs name, token and scopes"),
+    ],
+)
+def test_a_weak_or_malformed_value_is_named_and_not_quoted(name: str, value: Any, says: str) -> None:
+    (error,) = value_errors(generate() | {name: value})
+    assert error.startswith(name)
+    assert says in error
+    assert "atl_x" not in error
+
+
+def test_missing_and_unknown_entries_are_named() -> None:
+    vault = generate() | {"vault_other": 1}
+    del vault["vault_atlas_tokens"]
+    assert sorted(value_errors(vault)) == ["vault_atlas_tokens is missing", "vault_other is in no list of secrets"]
+
+
+@pytest.mark.parametrize("password", ["0123456789" * 3, "0123456789abcdef" + "0" * 8, "a" * 200, "Tr0ub4dor&3"])
+def test_short_passwords_are_refused(password: str) -> None:
+    assert password_weakness(password)
+
+
+@pytest.mark.parametrize("make", [lambda: secrets.token_urlsafe(32), lambda: secrets.token_hex(16)])
+def test_generated_passwords_are_accepted(make: Any) -> None:
+    assert all(password_weakness(make()) is None for _ in range(50))
+
+
+def test_mirrors_are_compared_on_both_sides() -> None:
+    vault = {"vault_a": 1, "vault_b": 2}
+    plain = {"main.yml": 'a: "{{ vault_a }}"\nc: "{{ vault_c }}"\n# b: "{{ vault_b }}"\n'}
+    errors = mirror_errors(vault, plain)
+    assert len(errors) == 2
+    assert "main.yml uses vault_c" in errors[0]
+    assert errors[1].startswith("vault_b ")
+
+
+def test_the_projects_mirrors_match_the_specification() -> None:
+    files = {str(path): path.read_text() for path in (PROJECT / "inventories/common/group_vars").rglob("*.yml")}
+    assert mirror_errors({secret.name: None for secret in SECRETS}, files) == []
+
+
+# --- the client -----------------------------------------------------------------------------------------------------
+
+
+def client(tmp_path: Path, vault_id: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a copy of the client with an empty home and nothing else in the environment."""
+    (tmp_path / "bin").mkdir(exist_ok=True)
+    shutil.copy(PROJECT / "bin/vault-client", tmp_path / "bin")
+    return subprocess.run(
+        [sys.executable, str(tmp_path / "bin/vault-client"), "--vault-id", vault_id],
+        env={"HOME": str(tmp_path / "home"), "PATH": os.environ["PATH"], **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def private(path: Path, text: str, mode: int = 0o600) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(mode)
+
+
+def test_the_sources_are_asked_in_order(tmp_path: Path) -> None:
+    private(tmp_path / "home/.config/atlas/vault/production", "from-file\n")
+    assert client(tmp_path, "production").stdout == "from-file\n"
+    command = "echo from-command"
+    assert client(tmp_path, "production", ATLAS_VAULT_COMMAND=command).stdout == "from-command production\n"
+    answer = client(
+        tmp_path, "production", ATLAS_VAULT_COMMAND=command, ATLAS_VAULT_PASSWORD_PRODUCTION="from-variable"
+    )
+    assert answer.stdout == "from-variable\n"
+
+
+def test_a_lab_has_its_own_file_and_no_other_source(tmp_path: Path) -> None:
+    answer = client(tmp_path, "lab-x", ATLAS_VAULT_PASSWORD_LAB_X="never", ATLAS_VAULT_COMMAND="echo never")
+    assert answer.returncode == 1
+    assert "vault-password is missing" in answer.stderr
+    assert "make up LAB=x" in answer.stderr
+    private(tmp_path / ".lab/x/vault-password", "of-the-lab\n")
+    assert client(tmp_path, "lab-x").stdout == "of-the-lab\n"
+
+
+def test_no_source_is_one_message_that_names_all_three(tmp_path: Path) -> None:
+    answer = client(tmp_path, "staging")
+    assert answer.returncode == 1
+    assert answer.stdout == ""
+    for part in (
+        "ATLAS_VAULT_PASSWORD_STAGING",
+        "ATLAS_VAULT_COMMAND",
+        ".config/atlas/vault/staging",
+        "make vault ENV=staging",
+    ):
+        assert part in answer.stderr
+    assert "Traceback" not in answer.stderr
+
+
+def test_a_file_that_others_can_read_is_refused(tmp_path: Path) -> None:
+    private(tmp_path / "home/.config/atlas/vault/staging", "x\n", 0o644)
+    answer = client(tmp_path, "staging")
+    assert answer.returncode == 1
+    assert "chmod 600" in answer.stderr
+
+
+def test_a_failing_command_is_reported_with_its_words(tmp_path: Path) -> None:
+    answer = client(tmp_path, "staging", ATLAS_VAULT_COMMAND="sh -c 'echo locked >&2; exit 3'")
+    assert answer.returncode == 1
+    assert "locked" in answer.stderr
+
+
+# --- the inventory plugin -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A copy of what the plugin needs, with an inventory of one host."""
+    for name in ("plugins/inventory", "plugins/module_utils", "inventories/common"):
+        shutil.copytree(PROJECT / name, tmp_path / name)
+    (tmp_path / "bin").mkdir()
+    shutil.copy(PROJECT / "bin/vault-client", tmp_path / "bin")
+    shutil.copy(PROJECT / "ansible.cfg", tmp_path)
+    environment = tmp_path / "inventories/shop"
+    (environment / "group_vars/all").mkdir(parents=True)
+    (environment / "environment.yml").write_text("plugin: environment\nvault_id: shop\n")
+    (environment / "hosts.yml").write_text("all: {hosts: {one: {ansible_connection: local}}}\n")
+    mirrors = "".join(f'{secret.name.removeprefix("vault_")}: "{{{{ {secret.name} }}}}"\n' for secret in SECRETS)
+    (environment / "group_vars/all/main.yml").write_text(mirrors)
+    return tmp_path
+
+
+def encrypt(checkout: Path, password: str, values: dict[str, Any], vault_id: str = "shop") -> Path:
+    vault = checkout / "inventories/shop/group_vars/all/vault.yml"
+    private(checkout / "password", password)
+    tool = str(Path(sys.executable).with_name("ansible-vault"))
+    arguments = ["encrypt", "--vault-id", f"{vault_id}@{checkout / 'password'}", "--output", str(vault), "-"]
+    subprocess.run([tool, *arguments], input=yaml.safe_dump(values), text=True, capture_output=True, check=True)
+    return vault
+
+
+def ask(checkout: Path, password: str | None, expression: str = "atlas_database_password") -> tuple[int, str]:
+    """Evaluate an expression with the inventory; exit status and all output."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("ATLAS_", "ANSIBLE_"))}
+    environment |= {"HOME": str(checkout / "home"), "ANSIBLE_CONFIG": str(checkout / "ansible.cfg")}
+    if password:
+        environment["ATLAS_VAULT_PASSWORD_SHOP"] = password
+    result = subprocess.run(
+        [
+            str(Path(sys.executable).with_name("ansible")),
+            "one",
+            "-i",
+            "inventories/shop",
+            "-m",
+            "debug",
+            "-a",
+            f"var={expression}",
+        ],
+        cwd=checkout,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return result.returncode, result.stdout + result.stderr
+
+
+def test_the_right_password_opens_the_vault(checkout: Path) -> None:
+    values = generate()
+    encrypt(checkout, STRONG, values)
+    status, output = ask(checkout, STRONG)
+    assert status == 0, output
+    assert values["vault_atlas_database_password"] in output
+
+
+@pytest.mark.parametrize(
+    ("password", "says"),
+    [
+        (None, "No password for the vault id shop"),
+        ("Another-" + STRONG, "does not open"),
+        ("short", "too short"),
+    ],
+)
+def test_no_wrong_or_short_password_is_one_clear_error(checkout: Path, password: str | None, says: str) -> None:
+    encrypt(checkout, STRONG, generate())
+    status, output = ask(checkout, password)
+    assert status != 0
+    assert says in output
+    assert output.count("ERROR") == 1
+    assert "Traceback" not in output
+
+
+def test_a_vault_without_a_needed_secret_is_refused(checkout: Path) -> None:
+    values = generate()
+    del values["vault_atlas_tokens"]
+    encrypt(checkout, STRONG, values)
+    status, output = ask(checkout, STRONG)
+    assert status != 0
+    assert "vault_atlas_tokens is missing" in output
+    assert values["vault_atlas_database_password"] not in output
+
+
+def test_a_vault_file_in_clear_is_refused(checkout: Path) -> None:
+    (checkout / "inventories/shop/group_vars/all/vault.yml").write_text("vault_atlas_tokens: []\n")
+    status, output = ask(checkout, STRONG)
+    assert status != 0
+    assert "is not encrypted" in output
+
+
+def test_another_environments_vault_is_refused(checkout: Path) -> None:
+    encrypt(checkout, STRONG, generate(), vault_id="production")
+    status, output = ask(checkout, STRONG)
+    assert status != 0
+    assert "carries the vault id production" in output
+
+
+def test_without_a_vault_file_a_secret_says_how_to_make_one(checkout: Path) -> None:
+    status, output = ask(checkout, None, "ansible_connection")
+    assert status == 0, output
+    _, output = ask(checkout, None)
+    assert "make vault ENV=shop" in output
