@@ -26,6 +26,9 @@ files = 0
 for top, folders, names in os.walk("/"):
     if top == "/":
         folders[:] = [f for f in folders if f not in ("proc", "sys", "dev")]
+    if top == "/run":
+        # Memory of systemd's, never a disk: where the units' decrypted credentials are meant to be.
+        folders[:] = [f for f in folders if f != "credentials"]
     for name in names:
         path = os.path.join(top, name)
         try:
