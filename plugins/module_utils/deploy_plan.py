@@ -114,15 +114,9 @@ def undo(
     forward = bool(finished or enabled)
     back_to = {str(was["in_service"]) for was in open_on.values() if was.get("in_service")}
     switched = any(was["slot"] != was["in_service"] for was in open_on.values())
-    drained = set()
-    for edge in edges if interrupted else []:
-        state = facts.get(edge, {}).get("edge", {})
-        for name, value in (state.get("servers") or {}).items():
-            backend, server = name.split("/", 1)
-            if backend == state.get("memory") and value.startswith(("MAINT", "DRAIN")):
-                drained.add(server)
+    drained = _out_of_rotation(facts, edges)
     return {
-        "needed": interrupted,
+        "needed": interrupted or bool(drained & set(hosts)),
         "hosts": [host for host in hosts if host in open_on or host in drained],
         "switch_to": sorted(back_to)[0] if back_to and switched and not forward else None,
         "forward": sorted(open_on) if forward else [],
@@ -130,6 +124,18 @@ def undo(
         "traffic_to": sorted(back_to)[0] if back_to and not forward else None,
         "transactions": {host: dict(was) for host, was in open_on.items()},
     }
+
+
+def _out_of_rotation(facts: Facts, edges: Sequence[str]) -> set[str]:
+    """Return the hosts that an edge keeps out of the backend in service: a deploy that ended did not leave them so."""
+    found = set()
+    for edge in edges:
+        state = facts.get(edge, {}).get("edge", {})
+        for name, value in (state.get("servers") or {}).items():
+            backend, server = name.split("/", 1)
+            if backend == state.get("memory") and value.startswith(("MAINT", "DRAIN")):
+                found.add(server)
+    return found
 
 
 def _may_replace(
@@ -163,7 +169,8 @@ def _hosts(facts: Facts, options: Mapping[str, Any]) -> list[str]:
         if fact.get("unreachable") or "slots" not in fact:
             reason = str(fact.get("msg", "no answer")).strip().splitlines()[-1:] or ["no answer"]
             kind = "cannot be reached" if fact.get("unreachable") else "cannot be looked at"
-            found.append(f"{host} {kind}: {reason[0]} Check: ansible -i {options['inventory']} {host} -m ping")
+            why = reason[0].rpartition("Task failed: ")[2].rstrip(".")
+            found.append(f"{host} {kind}: {why}. Check: ansible -i {options['inventory']} {host} -m ping")
             continue
         debian = fact["debian"]
         if debian["id"] != "debian" or debian["version"] not in SUPPORTED_DEBIAN:
@@ -251,7 +258,7 @@ def summary(plan_: Mapping[str, Any], options: Mapping[str, Any]) -> list[str]:
         + (f", slot {plan_['old_slot']}" if plan_["old_slot"] else ""),
     ]
     if plan_["undo"]["needed"]:
-        undone = plan_["undo"]["forward"] or plan_["undo"]["back"]
+        undone = plan_["undo"]["hosts"]
         lines.append(
             "first        clean up after a deploy that did not end" + (f" on {', '.join(undone)}" if undone else "")
         )
@@ -287,7 +294,10 @@ def status(facts: Facts, compared: Facts, hosts: Sequence[str], edges: Sequence[
             "traffic_to": active.removeprefix("be_") or None,
             "servers": {name: value for name, value in state["servers"].items() if name.startswith(f"{active}/")},
             "lock": state["lease"] or None,
-            "drift": [f"slot.map says {state['file']}"] if state.get("file") != state.get("memory") else [],
+            "drift": [
+                *([f"slot.map says {state['file']}"] if state.get("file") != state.get("memory") else []),
+                *(f"{name} gets no traffic" for name in sorted(_out_of_rotation(facts, [edge]))),
+            ],
         }
     return {"app": app, "edge": edge_rows}
 

@@ -132,7 +132,7 @@ def test_force_deploys_what_serves() -> None:
 @pytest.mark.parametrize(
     ("facts", "wanted", "release", "said"),
     [
-        (fleet(app2={"unreachable": True, "msg": "no route"}), {}, None, "app2 cannot be reached: no route"),
+        (fleet(app2={"unreachable": True, "msg": "no route"}), {}, None, "app2 cannot be reached: no route. Check"),
         (fleet(app2={"msg": "boom"}), {}, None, "app2 cannot be looked at: boom"),
         (fleet(app1=app(disk={"opt_mb": 10, "var_mb": 9000})), {}, None, "app1: 10 MB free at /opt/atlas"),
         (fleet(app1=app(memory={"total_mb": 1, "available_mb": 1})), {}, None, "app1: 1 MB of memory"),
@@ -202,6 +202,14 @@ def test_a_host_that_was_drained_but_not_changed_comes_back_too() -> None:
     servers = {"be_blue/app1": "UP", "be_blue/app2": "MAINT", "be_green/app1": "DOWN"}
     plan = decide(fleet(edge1=edge(lease=LEASE, servers=servers)), dead=True)
     assert plan["undo"]["hosts"] == ["app2"]
+
+
+def test_a_host_that_an_edge_keeps_out_is_brought_back_although_its_content_is_right() -> None:
+    servers = {"be_blue/app1": "UP", "be_blue/app2": "MAINT", "be_green/app1": "MAINT"}
+    plan = decide(fleet(edge1=edge(servers=servers)), same=True)
+    assert plan["undo"]["hosts"] == ["app2"] and not plan["nothing_to_do"]
+    state = deploy_plan.status(fleet(edge1=edge(servers=servers)), {}, ["app1", "app2"], ["edge1"])
+    assert state["edge"]["edge1"]["drift"] == ["app2 gets no traffic"]
 
 
 def test_a_killed_switch_sends_traffic_back_and_deploys_to_the_idle_slot() -> None:
