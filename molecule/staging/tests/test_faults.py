@@ -53,7 +53,7 @@ def settle(lab: Lab, identifiers: list[str], wait_for: Callable[..., Any]) -> No
     """Wait until every document in *identifiers* is processed, and assert exactly one finish each."""
     host = lab.group("database")[0]
     inside = ",".join(f"'{identifier}'" for identifier in identifiers)
-    pending = f"SELECT count(*) FROM documents WHERE id IN ({inside}) AND status <> 'processed'"
+    pending = f"SELECT count(*) FROM jobs WHERE document_id IN ({inside}) AND state <> 'done'"
     wait_for(lambda: sql(lab, host, pending) == "0", 120, "every acknowledged document is processed", pause=1)
     finishes = sql(
         lab, host,
