@@ -137,7 +137,9 @@ def properties(lab: Lab, host: str, unit: str) -> dict[str, str]:
 
 def sql(lab: Lab, host: str, statement: str) -> str:
     """Run *statement* as the superuser on *host*."""
-    answer = lab.ssh(host, f"cd / && runuser -u postgres -- psql -XAtd atlas -v ON_ERROR_STOP=1 <<'SQL'\n{statement}\nSQL\n")
+    answer = lab.ssh(
+        host, f"cd / && runuser -u postgres -- psql -XAtd atlas -v ON_ERROR_STOP=1 <<'SQL'\n{statement}\nSQL\n"
+    )
     assert answer.returncode == 0, answer.stderr
     return answer.stdout.strip()
 
