@@ -20,10 +20,11 @@ release: $(READY) ## build and sign dist/atlas-VERSION.tar.gz
 verify-release: $(READY) ## check a release as a host does [RELEASE=FILE]
 	@$(BIN)/python bin/verify-release $(RELEASE)
 
-lock: $(READY) ## take newer versions into the three lock files
+lock: $(READY) ## take newer versions into the four lock files
 	$(UV_COMPILE) --upgrade requirements.in -o requirements.lock
 	cd app && $(UV_COMPILE) --upgrade requirements.in -o requirements.lock
 	cd app && $(UV_COMPILE) --upgrade requirements-dev.in -o requirements-dev.lock
+	cd app && $(UV_COMPILE) --upgrade bench/requirements.in -o bench/requirements.lock
 
 lint: $(READY) $(APP_READY) ## every static check, side by side
 	@$(MAKE) --no-print-directory --keep-going --output-sync=target -j$(shell nproc) $(LINTERS)

@@ -17,6 +17,7 @@ from sqlalchemy import (
     Text,
     false,
     text,
+    true,
 )
 from sqlalchemy.dialects.postgresql import JSONB
 
@@ -52,6 +53,15 @@ documents = Table(
     sqlite_autoincrement=True,
 )
 
+_SENSITIVE = text("sensitive_key IS NOT NULL")
+Index(
+    "documents_sensitive",
+    documents.c.sensitive_key,
+    documents.c.seq,
+    sqlite_where=_SENSITIVE,
+    postgresql_where=_SENSITIVE,
+)
+
 jobs = Table(
     "jobs",
     metadata,
@@ -70,6 +80,8 @@ jobs = Table(
     Column("lease_until", BigInteger),
     Column("owner", Text),
     Column("deployment", BigInteger),
+    # The remote host that the job fetches from, if any: limits and breakers are kept by it.
+    Column("host", Text),
     Column("request_id", Text),
     Column("error_class", Text),
     Column("error", Text),
@@ -92,6 +104,8 @@ Index(
 )
 # lease_until is left out on purpose: on PostgreSQL a heartbeat then touches no index.
 Index("jobs_running", jobs.c.deployment, sqlite_where=_RUNNING, postgresql_where=_RUNNING)
+_RUNNING_HOST = text("state = 'running' AND host IS NOT NULL")
+Index("jobs_running_host", jobs.c.host, sqlite_where=_RUNNING_HOST, postgresql_where=_RUNNING_HOST)
 Index("jobs_ended", jobs.c.state, jobs.c.finished_at, sqlite_where=_ENDED, postgresql_where=_ENDED)
 
 # Append-only (a trigger refuses UPDATE): a double finish shows as two rows.
@@ -156,6 +170,88 @@ tokens = Table(
     Column("expires_at", BigInteger),
     Column("disabled_at", BigInteger),
     Column("created_at", BigInteger, nullable=False),
+)
+
+# Remote hosts that were fetched from: the breaker of each, and when it may be asked next.
+hosts = Table(
+    "hosts",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("state", Text, nullable=False, server_default=text("'closed'")),
+    Column("failures", Integer, nullable=False, server_default=text("0")),
+    Column("successes", Integer, nullable=False, server_default=text("0")),
+    Column("open_until", BigInteger, nullable=False, server_default=text("0")),
+    Column("next_at", BigInteger, nullable=False, server_default=text("0")),
+    Column("error", Text),
+    Column("changed_at", BigInteger, nullable=False),
+    CheckConstraint("state IN ('closed', 'open', 'half_open')", name="hosts_state"),
+)
+
+# Answers to requests that carried an Idempotency-Key, by the token (its hash) that sent them.
+idempotency_keys = Table(
+    "idempotency_keys",
+    metadata,
+    Column("token", Text, primary_key=True),
+    Column("key", Text, primary_key=True),
+    Column("request_hash", Text, nullable=False),
+    Column("status", Integer, nullable=False),
+    Column("response", Json, nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+)
+Index("idempotency_keys_created", idempotency_keys.c.created_at)
+
+feeds = Table(
+    "feeds",
+    metadata,
+    Column("seq", Serial, primary_key=True, autoincrement=True),
+    Column("id", Text, nullable=False, unique=True),
+    Column("url", Text, nullable=False, unique=True),
+    Column("title", Text),
+    Column("tags", Json, nullable=False),
+    Column("priority", SmallInteger, nullable=False),
+    Column("interval_seconds", Integer, nullable=False),
+    Column("enabled", Boolean, nullable=False, server_default=true()),
+    Column("sensitive", Text),
+    Column("sensitive_key", Text),
+    Column("etag", Text),
+    Column("last_modified", Text),
+    Column("next_at", BigInteger, nullable=False),
+    Column("polled_at", BigInteger),
+    Column("error", Text),
+    Column("created_by", Text),
+    Column("created_at", BigInteger, nullable=False),
+    sqlite_autoincrement=True,
+)
+Index("feeds_due", feeds.c.enabled, feeds.c.next_at)
+
+# Who did what to which object; append-only.
+audit = Table(
+    "audit",
+    metadata,
+    Column("id", Serial, primary_key=True, autoincrement=True),
+    Column("at", BigInteger, nullable=False),
+    Column("actor", Text, nullable=False),
+    Column("action", Text, nullable=False),
+    Column("object_type", Text, nullable=False),
+    Column("object_id", Text),
+    Column("address", Text),
+    Column("request_id", Text),
+    Column("detail", Json),
+    sqlite_autoincrement=True,
+)
+Index("audit_at", audit.c.at)
+Index("audit_object", audit.c.object_type, audit.c.object_id)
+
+# The queue at moments of the past, for the chart on the status page.
+queue_samples = Table(
+    "queue_samples",
+    metadata,
+    Column("at", BigInteger, primary_key=True, autoincrement=False),
+    Column("ready", Integer, nullable=False),
+    Column("running", Integer, nullable=False),
+    Column("dead", Integer, nullable=False),
+    Column("finished", Integer, nullable=False),
+    Column("failed", Integer, nullable=False),
 )
 
 # Which revisions were applied, and of which phase: an older release reads here whether it can still serve.
