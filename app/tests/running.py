@@ -20,8 +20,8 @@ from typing import Any
 
 import httpx
 import yaml
-from conftest import wait_for
 from cryptography.fernet import Fernet
+from scratch import wait_for
 
 TOKEN = "atl_" + "t" * 43
 SOURCE = Path(__file__).parents[1] / "src"
