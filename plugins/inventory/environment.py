@@ -6,15 +6,18 @@ Owns the check that the password fits and that the vault file and its plain mirr
 from __future__ import annotations
 
 import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 import ansible.module_utils
 import yaml
+from ansible import context
 from ansible.errors import AnsibleError
 from ansible.parsing.vault import VaultLib, VaultSecret
 from ansible.plugins.inventory import BaseInventoryPlugin
+from ansible.template import trust_as_template
 from ansible.utils.display import Display
 
 # The setting module_utils reaches modules alone; a plugin on the controller adds the directory itself.
@@ -30,7 +33,7 @@ short_description: Opens the vault of an environment
 description:
   - Asks C(bin/vault-client) for the password of one vault id, checks it against C(group_vars/all/vault.yml) beside the
     source, checks the secrets and their mirrors, and hands the password to the run.
-  - Reads nothing when the environment has no vault file yet.
+  - Where the environment has no vault file yet, playbooks end with how to make one, and what only looks goes on.
 options:
   plugin:
     description: Name of this plugin.
@@ -63,8 +66,11 @@ class InventoryModule(BaseInventoryPlugin):  # type: ignore[misc]
         vault_file = directory / "group_vars" / "all" / "vault.yml"
         if not vault_file.is_file():
             hint = f"{directory.name} has no vault file: make vault ENV={directory.name}"
+            if _runs_tasks():
+                # Before the first host is touched: a role that needs no secret would go ahead, and the next one stop.
+                _fail(f"{hint}. Nothing was done.")
             for spec in SECRETS:
-                inventory.set_variable("all", spec.name, f"{{{{ undef(hint='{hint}') }}}}")
+                inventory.set_variable("all", spec.name, trust_as_template(f"{{{{ undef(hint='{hint}') }}}}"))
             return
         secret = self._secret(vault_id, vault_file)
         # In place: the run's vault context shares this list.
@@ -112,6 +118,12 @@ class InventoryModule(BaseInventoryPlugin):  # type: ignore[misc]
                 f"Do: ansible-vault edit --vault-id {vault_id}@bin/vault-client {vault_file}"
             )
         return secret
+
+
+def _runs_tasks() -> bool:
+    """Whether this is a playbook that will do something; listings and syntax checks need no secret."""
+    looks = ("syntax", "listhosts", "listtasks", "listtags")
+    return Path(sys.argv[0]).name == "ansible-playbook" and not any(context.CLIARGS.get(name) for name in looks)
 
 
 def _plain_files(group_vars: Path) -> dict[str, str]:

@@ -102,6 +102,18 @@ def test_a_change_makes_another_release(project: Path, archive: Path, tmp_path: 
     assert (release.read_manifest(archive)["dirty"], release.read_manifest(second)["dirty"]) == (False, True)
 
 
+def test_a_commit_that_leaves_the_service_alone_makes_no_other_release(
+    project: Path, archive: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "documented"
+    subprocess.run(["git", "clone", "-q", str(project), str(other)], check=True)
+    (other / ".cache").symlink_to(PROJECT / ".cache")
+    (other / "README.md").write_text("changed\n")
+    git(other, "add", "README.md")
+    git(other, "commit", "-q", "--date", "2001-01-01T00:00:00Z", "-m", "a change of the documentation")
+    assert release.file_digest(built(other)) == release.file_digest(archive)
+
+
 def test_second_build_changes_nothing(project: Path, archive: Path) -> None:
     before = (archive.stat().st_ino, archive.stat().st_mtime_ns)
     done = run(project, "build-release")

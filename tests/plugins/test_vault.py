@@ -174,21 +174,17 @@ def encrypt(checkout: Path, password: str, values: dict[str, Any], vault_id: str
 
 def ask(checkout: Path, password: str | None, expression: str = "atlas_database_password") -> tuple[int, str]:
     """Evaluate an expression with the inventory; exit status and all output."""
+    return run(checkout, password, ["ansible", "one", "-m", "debug", "-a", f"var={expression}"])
+
+
+def run(checkout: Path, password: str | None, command: list[str]) -> tuple[int, str]:
+    """Run one of Ansible's commands on the inventory; exit status and all output."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("ATLAS_", "ANSIBLE_"))}
     environment |= {"HOME": str(checkout / "home"), "ANSIBLE_CONFIG": str(checkout / "ansible.cfg")}
     if password:
         environment["ATLAS_VAULT_PASSWORD_SHOP"] = password
     result = subprocess.run(
-        [
-            str(Path(sys.executable).with_name("ansible")),
-            "one",
-            "-i",
-            "inventories/shop",
-            "-m",
-            "debug",
-            "-a",
-            f"var={expression}",
-        ],
+        [str(Path(sys.executable).with_name(command[0])), "-i", "inventories/shop", *command[1:]],
         cwd=checkout,
         env=environment,
         capture_output=True,
@@ -252,3 +248,16 @@ def test_without_a_vault_file_a_secret_says_how_to_make_one(checkout: Path) -> N
     assert status == 0, output
     _, output = ask(checkout, None)
     assert "make vault ENV=shop" in output
+
+
+def test_without_a_vault_file_no_playbook_touches_a_host(checkout: Path) -> None:
+    """A role that needs no secret would go ahead, and the next one stop half-way."""
+    marker = checkout / "touched"
+    touch = {"hosts": "all", "gather_facts": False, "tasks": [{"ansible.builtin.command": f"touch {marker}"}]}
+    (checkout / "play.yml").write_text(yaml.safe_dump([touch]))
+    status, output = run(checkout, None, ["ansible-playbook", "play.yml"])
+    assert status != 0
+    assert "shop has no vault file: make vault ENV=shop. Nothing was done." in output
+    assert not marker.exists()
+    status, output = run(checkout, None, ["ansible-playbook", "--syntax-check", "play.yml"])
+    assert status == 0, output
