@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -72,6 +73,32 @@ def test_a_request_in_flight_is_answered_after_sigterm(deployment: Deployment) -
 def _listens(port: int) -> bool:
     with socket.socket() as sock:
         return sock.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_nobody_waits_for_a_client_that_does_not_hang_up(deployment: Deployment) -> None:
+    process, _, port = deployment.start_ready("api")
+    with deployment.client(port) as client, contextlib.ExitStack() as stack:
+        client.get("/healthz")
+        for _ in range(3):
+            idle = stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=10))
+            idle.sendall(b"GET /healthz HTTP/1.1\r\nHost: t\r\nConnection: close\r\n\r\n")
+            answer = b""
+            while chunk := idle.recv(65536):
+                answer += chunk
+            assert b"200 OK" in answer
+            began = time.monotonic()
+            assert client.get("/healthz").status_code == 200
+            assert time.monotonic() - began < 0.5
+        wait_for(lambda: _is_reset(idle), 10, "the connection is closed for good")
+    stop(process, 20)
+
+
+def _is_reset(connection: socket.socket) -> bool:
+    try:
+        connection.sendall(b"x")
+    except OSError:
+        return True
+    return False
 
 
 def test_the_watchdog_is_fed_only_while_the_worker_answers(deployment: Deployment) -> None:

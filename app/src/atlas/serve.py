@@ -6,10 +6,12 @@ answered /healthz, and the watchdog is fed by the arbiter only while its workers
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import gc
 import logging
 import os
+import selectors
 import socket
 import tempfile
 import time
@@ -21,7 +23,7 @@ from gunicorn.app.base import BaseApplication  # type: ignore[import-untyped]
 from gunicorn.arbiter import Arbiter  # type: ignore[import-untyped]
 from gunicorn.glogging import Logger  # type: ignore[import-untyped]
 from gunicorn.workers.base import Worker  # type: ignore[import-untyped]
-from gunicorn.workers.gthread import ThreadWorker  # type: ignore[import-untyped]
+from gunicorn.workers.gthread import TConn, ThreadWorker  # type: ignore[import-untyped]
 
 from atlas import logs
 from atlas.runtime import service_port
@@ -31,6 +33,7 @@ from atlas.watchdog import Notifier
 GRACE_SECONDS = 45  # within the unit's TimeoutStopSec of 60
 WORKER_TIMEOUT_SECONDS = 20  # a hung worker is replaced before systemd would end the service
 KEEPALIVE_SECONDS = 75
+LINGER_SECONDS = 2.0  # for what a client still sends on a connection that is being closed
 ANSWER_SECONDS = 10.0
 
 log = structlog.get_logger("atlas.serve")
@@ -112,7 +115,47 @@ class ServiceArbiter(Arbiter):  # type: ignore[misc]
 
 
 class ServiceWorker(ThreadWorker):  # type: ignore[misc]
-    """gunicorn's threaded worker, which closes the door at once when it stops."""
+    """gunicorn's threaded worker, which waits for no client, and closes the door at once when it stops."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._lingering: collections.deque[tuple[float, TConn]] = collections.deque()
+
+    def finish_request(self, conn: TConn, future: Any) -> None:
+        if future.cancelled() or future.exception() or future.result():
+            super().finish_request(conn, future)
+            return
+        # gunicorn would wait in its only loop, and all requests with it, until the client has closed its end too.
+        try:
+            conn.sock.shutdown(socket.SHUT_WR)
+            conn.sock.setblocking(False)
+            self.poller.register(conn.sock, selectors.EVENT_READ, lambda _socket: self._drain(conn))
+            self._lingering.append((time.monotonic() + LINGER_SECONDS, conn))
+        except OSError:
+            self._close(conn)
+
+    def _drain(self, conn: TConn) -> None:
+        try:
+            if conn.sock.recv(65536):
+                return
+        except BlockingIOError:
+            return
+        except OSError:
+            pass
+        self.poller.unregister(conn.sock)
+        self._close(conn)
+
+    def _close(self, conn: TConn) -> None:
+        conn.close()
+        self.nr_conns -= 1
+
+    def murder_pending(self) -> None:
+        super().murder_pending()
+        while self._lingering and (self._lingering[0][1].sock.fileno() < 0 or self._lingering[0][0] < time.monotonic()):
+            _, conn = self._lingering.popleft()
+            if conn.sock.fileno() >= 0:
+                self.poller.unregister(conn.sock)
+                self._close(conn)
 
     def set_accept_enabled(self, enabled: bool) -> None:
         super().set_accept_enabled(enabled)
