@@ -9,6 +9,8 @@ SCENARIOS := $(notdir $(patsubst %/molecule.yml,%,$(wildcard molecule/*/molecule
 SCENARIO ?=
 VENV := .venv
 READY := bootstrap
+# Certificates as this machine trusts them, also those of its own network.
+export UV_SYSTEM_CERTS := true
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 -include make/*.mk
