@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -23,6 +24,7 @@ from atlas.db import Database
 
 # A server that is thrown away after tests need not survive the machine.
 FOR_TESTS = {"fsync": "off", "shared_buffers": "32MB"}
+KEEPER = Path(__file__).parents[2] / "roles/postgresql/files/audit.sql"
 
 
 def wait_for(condition: Callable[[], object], seconds: float, what: str) -> None:
@@ -72,6 +74,7 @@ class Cluster:
         self.execute("CREATE ROLE atlas NOLOGIN")
         self.execute("CREATE ROLE atlas_a LOGIN PASSWORD 'irrelevant' IN ROLE atlas")
         self.execute("CREATE DATABASE template_atlas OWNER atlas")
+        self.execute(KEEPER.read_text(), "template_atlas")
         template = Database.from_url(self.url("template_atlas", "atlas_a"), role="atlas")
         migrations.migrate(template)
         template.close()

@@ -7,6 +7,7 @@ from typing import Any
 
 from sqlalchemy import delete, literal, select, update
 
+from atlas import audit
 from atlas.db import Database
 from atlas.schema import deployments, leases
 
@@ -50,6 +51,8 @@ def _set(database: Database, deployment: int, admitted: bool, concurrency: int |
         connection.execute(statement.on_conflict_do_update(index_elements=["id"], set_=values))
         if not admitted:
             connection.execute(delete(leases).where(leases.c.deployment == deployment))
+        done, detail = ("admitted", {"concurrency": concurrency}) if admitted else ("dismissed", None)
+        audit.record(connection, audit.operator(), done, "deployment", deployment, detail=detail)
     return True
 
 

@@ -64,6 +64,16 @@ def report(values: Any, as_json: bool, text: str) -> None:
     click.echo(json.dumps(values) if as_json else text)
 
 
+def moment(value: str | None) -> int | None:
+    """A moment given in RFC 3339, in milliseconds."""
+    from atlas.db import milliseconds  # noqa: PLC0415
+
+    try:
+        return None if value is None else milliseconds(value)
+    except (ValueError, OverflowError):
+        raise click.BadParameter(f"{value!r} is not a moment in RFC 3339, like 2026-01-31T12:00:00Z") from None
+
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
@@ -200,3 +210,31 @@ def admission_list(as_json: bool) -> None:
         for entry in found
     ]
     report([entry.as_dict() for entry in found], as_json, "\n".join(lines) or "no deployment was admitted yet")
+
+
+@cli.command()
+@click.option("--actor", help="A token's name, cli:ACCOUNT, or service:NAME.")
+@click.option("--action", help="What was done: requeued, rotated, ...")
+@click.option("--type", "object_type", help="What it was done to: job, document, feed, token, key, deployment, ...")
+@click.option("--id", "object_id", help="To which one.")
+@click.option("--since", help="The earliest moment, in RFC 3339.")
+@click.option("--until", help="The moment to end before, in RFC 3339.")
+@click.option("--limit", type=click.IntRange(1, 1000), default=50, show_default=True)
+@json_option
+def audit(since: str | None, until: str | None, limit: int, as_json: bool, **filters: str | None) -> None:
+    """List who did what to which object, newest first."""
+    from atlas.audit import records, shown  # noqa: PLC0415
+
+    with open_database() as database:
+        found, _ = records(database, filters, limit, since=moment(since), until=moment(until))
+    entries = [shown(entry) for entry in found]
+    lines = [
+        " ".join(
+            str(part)
+            for part in (entry["at"], entry["actor"], entry["action"], entry["object_type"])
+            + (entry["object_id"], entry["address"], entry["detail"] and json.dumps(entry["detail"]))
+            if part is not None
+        )
+        for entry in entries
+    ]
+    report(entries, as_json, "\n".join(lines) or "no record matches")

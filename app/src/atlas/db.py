@@ -39,6 +39,14 @@ BUSY_TIMEOUT_MS = 10_000
 PG_NOW = "(extract(epoch from statement_timestamp()) * 1000)::bigint"
 
 
+def milliseconds(value: str) -> int:
+    """A moment in RFC 3339 as it is stored. Raises ValueError."""
+    moment = datetime.fromisoformat(value)
+    if moment.tzinfo is None:
+        raise ValueError("needs a time zone: 2026-01-31T12:00:00Z")
+    return int(moment.timestamp() * 1000)
+
+
 def rfc3339(milliseconds: int | None) -> str | None:
     """A stored time as RFC 3339 in UTC, with milliseconds."""
     if milliseconds is None:
@@ -50,6 +58,9 @@ def rfc3339(milliseconds: int | None) -> str | None:
 class Database:
     """The store. `clock` replaces the database's clock in tests (milliseconds)."""
 
+    _writer: Engine
+    _reader: Engine
+
     def __init__(self, settings: Settings, clock: Callable[[], int] | None = None) -> None:
         secret = settings.database_password
         self._open(
@@ -58,6 +69,8 @@ class Database:
             settings.database_role,
             settings.api_threads + settings.core_concurrency,
         )
+        # Read by audit.record, which is handed a connection and nothing else.
+        self._writer = self._writer.execution_options(audit_retention_days=settings.audit_retention_days)
         self.clock = clock
 
     @classmethod

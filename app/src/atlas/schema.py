@@ -224,7 +224,7 @@ feeds = Table(
 )
 Index("feeds_due", feeds.c.enabled, feeds.c.next_at)
 
-# Who did what to which object; append-only.
+# Who did what to which object: append-only, and kept for `keep_days`. The store stamps `at`.
 audit = Table(
     "audit",
     metadata,
@@ -237,6 +237,7 @@ audit = Table(
     Column("address", Text),
     Column("request_id", Text),
     Column("detail", Json),
+    Column("keep_days", Integer, nullable=False),
     sqlite_autoincrement=True,
 )
 Index("audit_at", audit.c.at)

@@ -99,6 +99,7 @@ class Settings(BaseSettings):
 
     job_retention_days: float = Field(default=30, gt=0)
     dead_letter_retention_hours: float = Field(default=168, gt=0)
+    audit_retention_days: int = Field(default=365, ge=1)
 
     fernet_keys: SecretStr = SecretStr("")
     database_password: SecretStr | None = None

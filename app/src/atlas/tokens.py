@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from sqlalchemy import or_, select, update
 
+from atlas import audit
 from atlas.db import Database
 from atlas.schema import tokens
 from atlas.settings import TokenLimits, TokenSpec
@@ -80,11 +81,13 @@ class Tokens:
                 statement = self.database.insert(tokens).values(values | {"created_at": now})
                 connection.execute(statement.on_conflict_do_update(index_elements=["sha256"], set_=values))
                 changed += 1
+                detail = spec.model_dump(exclude={"name", "sha256"})
+                audit.record(connection, audit.operator(), "applied", "token", spec.name, detail=detail)
             gone = set(held) - {spec.sha256 for spec in wanted}
-            disabled = connection.execute(
-                update(tokens).where(tokens.c.sha256.in_(gone), tokens.c.disabled_at.is_(None)).values(disabled_at=now)
-            )
-            changed += disabled.rowcount
+            disabled = update(tokens).where(tokens.c.sha256.in_(gone), tokens.c.disabled_at.is_(None))
+            for name in connection.scalars(disabled.values(disabled_at=now).returning(tokens.c.name)):
+                changed += 1
+                audit.record(connection, audit.operator(), "disabled", "token", name)
         with self._lock:
             self._cache.clear()
         return changed

@@ -10,7 +10,7 @@ import structlog
 from flask import Flask, Response, g, request
 from structlog.contextvars import bind_contextvars, clear_contextvars
 
-from atlas.api import documents, health, jobs, metrics, problems, status
+from atlas.api import audit, documents, health, jobs, metrics, problems, status
 from atlas.api.state import Pulse, State
 from atlas.crypto import Keyring
 from atlas.db import Database
@@ -46,7 +46,7 @@ def create_app(settings: Settings, identity: Identity) -> Flask:
         metrics=metrics.HttpMetrics(),
         pulse=Pulse(database, identity),
     )
-    for module in (documents, health, jobs, metrics, status):
+    for module in (audit, documents, health, jobs, metrics, status):
         app.register_blueprint(module.blueprint)
     problems.install(app)
 

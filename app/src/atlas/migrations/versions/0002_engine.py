@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.schema import CreateIndex, CreateTable
 
 revision = "0002"
 down_revision = "0001"
@@ -66,21 +67,7 @@ def upgrade() -> None:
         sqlite_autoincrement=True,
     )
     op.create_index("feeds_due", "feeds", ["enabled", "next_at"])
-    op.create_table(
-        "audit",
-        sa.Column("id", Serial, primary_key=True, autoincrement=True),
-        sa.Column("at", sa.BigInteger, nullable=False),
-        sa.Column("actor", sa.Text, nullable=False),
-        sa.Column("action", sa.Text, nullable=False),
-        sa.Column("object_type", sa.Text, nullable=False),
-        sa.Column("object_id", sa.Text),
-        sa.Column("address", sa.Text),
-        sa.Column("request_id", sa.Text),
-        sa.Column("detail", Json),
-        sqlite_autoincrement=True,
-    )
-    op.create_index("audit_at", "audit", ["at"])
-    op.create_index("audit_object", "audit", ["object_type", "object_id"])
+    _create_audit()
     op.create_table(
         "queue_samples",
         sa.Column("at", sa.BigInteger, primary_key=True, autoincrement=False),
@@ -90,3 +77,72 @@ def upgrade() -> None:
         sa.Column("finished", sa.Integer, nullable=False),
         sa.Column("failed", sa.Integer, nullable=False),
     )
+
+
+def _create_audit() -> None:
+    bind = op.get_bind()
+    is_sqlite = bind.dialect.name == "sqlite"
+    audit = sa.Table(
+        "audit",
+        sa.MetaData(),
+        sa.Column("id", Serial, primary_key=True, autoincrement=True),
+        sa.Column("at", sa.BigInteger, nullable=False, server_default=sa.text(SQLITE_NOW if is_sqlite else PG_NOW)),
+        sa.Column("actor", sa.Text, nullable=False),
+        sa.Column("action", sa.Text, nullable=False),
+        sa.Column("object_type", sa.Text, nullable=False),
+        sa.Column("object_id", sa.Text),
+        sa.Column("address", sa.Text),
+        sa.Column("request_id", sa.Text),
+        sa.Column("detail", Json),
+        sa.Column("keep_days", sa.Integer, nullable=False),
+        sqlite_autoincrement=True,
+    )
+    indexes = (sa.Index("audit_at", audit.c.at), sa.Index("audit_object", audit.c.object_type, audit.c.object_id))
+    made = [str(CreateTable(audit).compile(bind)), *(str(CreateIndex(index).compile(bind)) for index in indexes)]
+    statements = [*made, *(SQLITE_AUDIT if is_sqlite else POSTGRESQL_AUDIT)]
+    has_keeper = "SELECT to_regprocedure('public.establish_audit(text[])') IS NOT NULL"
+    if not is_sqlite and bind.scalar(sa.text(has_keeper)):
+        # Everything is then made by, and belongs to, a role that the service is no member of.
+        bind.execute(sa.text("SELECT public.establish_audit(:statements)"), {"statements": statements})
+        return
+    for statement in statements:
+        bind.exec_driver_sql(statement)
+
+
+SQLITE_NOW = "(CAST(unixepoch('subsec') * 1000 AS INTEGER))"
+PG_NOW = "(extract(epoch from statement_timestamp()) * 1000)::bigint"
+SQLITE_AUDIT = (
+    """CREATE TRIGGER audit_append_only BEFORE UPDATE ON audit BEGIN
+        SELECT RAISE(ABORT, 'audit is append-only');
+    END""",
+    """CREATE TRIGGER audit_kept BEFORE DELETE ON audit
+        WHEN old.at + old.keep_days * 86400000 >= unixepoch('subsec') * 1000 BEGIN
+        SELECT RAISE(ABORT, 'audit is append-only');
+    END""",
+    # INSERT OR REPLACE deletes without a DELETE trigger.
+    """CREATE TRIGGER audit_not_replaced BEFORE INSERT ON audit
+        WHEN EXISTS (SELECT 1 FROM audit WHERE id = new.id) BEGIN
+        SELECT RAISE(ABORT, 'audit is append-only');
+    END""",
+)
+POSTGRESQL_AUDIT = (
+    f"""CREATE FUNCTION refuse_audit_change() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+        IF TG_OP = 'DELETE' AND old.at + old.keep_days * 86400000::bigint < {PG_NOW} THEN RETURN old; END IF;
+        RAISE EXCEPTION 'audit is append-only';
+    END $$""",
+    """CREATE TRIGGER audit_append_only BEFORE UPDATE OR DELETE ON audit
+        FOR EACH ROW EXECUTE FUNCTION refuse_audit_change()""",
+    f"""CREATE FUNCTION purge_audit(most integer) RETURNS bigint LANGUAGE sql SECURITY DEFINER
+        SET search_path = pg_catalog, public, pg_temp AS $$
+        WITH gone AS (
+            DELETE FROM audit WHERE id IN (
+                SELECT id FROM audit WHERE at + keep_days * 86400000::bigint < {PG_NOW} LIMIT most
+            ) RETURNING id
+        ) SELECT count(*) FROM gone $$""",
+    # Not "at": nobody but the database says when.
+    """GRANT SELECT, INSERT (actor, action, object_type, object_id, address, request_id, detail, keep_days)
+        ON audit TO pg_database_owner""",
+    "GRANT USAGE ON SEQUENCE audit_id_seq TO pg_database_owner",
+    "REVOKE ALL ON FUNCTION purge_audit FROM PUBLIC",
+    "GRANT EXECUTE ON FUNCTION purge_audit TO pg_database_owner",
+)
