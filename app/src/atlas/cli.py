@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -148,6 +149,48 @@ def db_status(as_json: bool) -> None:
     report(
         found.as_dict(), as_json, f"schema is at {found.current or 'nothing'}; head {found.head}; {fit} this release"
     )
+
+
+@db.command("snapshot")
+@click.argument("target", type=click.Path(path_type=Path))
+@json_option
+def db_snapshot(target: Path, as_json: bool) -> None:
+    """Copy a SQLite store, as it is at one moment, to the file TARGET."""
+    from atlas.snapshot import SnapshotError, take  # noqa: PLC0415
+
+    url = make_url(load_settings().database_url)
+    if url.get_backend_name() != "sqlite":
+        raise click.ClickException("only a SQLite store is copied by this command; PostgreSQL has backups of its own")
+    try:
+        values = take(url.database or "", target)
+    except SnapshotError as error:
+        raise click.ClickException(str(error)) from None
+    report(values, as_json, f"{target}: {values['bytes']} bytes, schema {values['schema']}")
+
+
+@db.command("contents")
+@json_option
+def db_contents(as_json: bool) -> None:
+    """Count what the store holds."""
+    from atlas.snapshot import contents  # noqa: PLC0415
+
+    with open_database() as database:
+        values = contents(database)
+    report(values, as_json, "\n".join(f"{name} {count}" for name, count in values["rows"].items()))
+
+
+@db.command("verify")
+@json_option
+def db_verify(as_json: bool) -> None:
+    """Check that this release can live on the store: integrity, schema, sensitive fields, audit log, search."""
+    from atlas.crypto import Keyring  # noqa: PLC0415
+    from atlas.snapshot import verify  # noqa: PLC0415
+
+    keyring = Keyring.from_secret(load_settings().fernet_keys)
+    with open_database() as database:
+        values = verify(database, keyring)
+    report(values, as_json, "\n".join(values["faults"]) or "this release can live on the store")
+    sys.exit(EXIT_FAILED if values["faults"] else 0)
 
 
 @cli.group()

@@ -16,6 +16,7 @@ from sqlalchemy import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from atlas import admission, presence
+from atlas.backups import BackupMetrics
 from atlas.db import Database
 from atlas.queue import NewJob, Queue, QueueStats
 from atlas.runtime import Runtime, open_queue, service_port
@@ -160,6 +161,7 @@ def run() -> None:
     metrics = Metrics(database.dialect, probe)
     registry = CollectorRegistry()
     registry.register(metrics)
+    registry.register(BackupMetrics(settings.backup_status_path))
     number = service_port(runtime.identity.slot, "monitoring")
     try:
         server, _thread = start_http_server(number, "127.0.0.1", registry)

@@ -101,6 +101,9 @@ class Settings(BaseSettings):
     dead_letter_retention_hours: float = Field(default=168, gt=0)
     audit_retention_days: int = Field(default=365, ge=1)
 
+    # The file in which the backup host reports; null where nobody makes backups.
+    backup_status_path: str | None = None
+
     fernet_keys: SecretStr = SecretStr("")
     database_password: SecretStr | None = None
     tokens: list[TokenSpec] = []

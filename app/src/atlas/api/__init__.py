@@ -43,7 +43,7 @@ def create_app(settings: Settings, identity: Identity) -> Flask:
         documents=Documents(database, queue, keyring, settings),
         tokens=Tokens(database),
         keyring=keyring,
-        metrics=metrics.HttpMetrics(),
+        metrics=metrics.HttpMetrics(settings.backup_status_path),
         pulse=Pulse(database, identity),
     )
     for module in (audit, documents, health, jobs, metrics, status):

@@ -7,7 +7,7 @@ from typing import Any
 from flask import Blueprint, Response, jsonify
 from sqlalchemy.exc import SQLAlchemyError
 
-from atlas import admission, presence
+from atlas import admission, backups, presence
 from atlas.api.state import State, state
 from atlas.db import rfc3339
 from atlas.runtime import one_line
@@ -59,10 +59,15 @@ def detail(shared: State) -> dict[str, Any]:
         "checks": checks,
         "database": {"dialect": shared.database.dialect, "version": shared.pulse.engine},
         "keyring": {"keys": len(shared.keyring.fingerprints), "fingerprints": shared.keyring.fingerprints},
+        "backup": backups.look(shared.settings.backup_status_path),
         "queue": None,
         "workers": [],
         "admitted": [],
     }
+    # A backup that fails is for people to mend; it is no reason to send traffic elsewhere, hence not in /readyz.
+    if found["backup"] and found["backup"]["problems"]:
+        found["status"] = "degraded"
+        checks["backup"] = "; ".join(found["backup"]["problems"])
     if checks["database"] != "ok":
         return found
     try:

@@ -9,14 +9,18 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.multiprocess import MultiProcessCollector
 
+from atlas.backups import BackupMetrics
+
 blueprint = Blueprint("metrics", __name__)
 
 
 class HttpMetrics:
     """Requests and submissions. With several worker processes, what is exposed is their sum."""
 
-    def __init__(self) -> None:
+    def __init__(self, backup_status_path: str | None = None) -> None:
         self._registry = CollectorRegistry()
+        self._backups = BackupMetrics(backup_status_path)
+        self._registry.register(self._backups)
         self.requests = Counter(
             "atlas_http_requests_total", "Requests answered.", ["method", "endpoint", "status"], registry=self._registry
         )
@@ -36,6 +40,7 @@ class HttpMetrics:
             return generate_latest(self._registry)
         together = CollectorRegistry()
         MultiProcessCollector(together)  # type: ignore[no-untyped-call]
+        together.register(self._backups)
         return generate_latest(together)
 
 
