@@ -110,6 +110,40 @@ def units(slot: str) -> list[str]:
     return [unit(service, slot) for service in SERVICES]
 
 
+def telling(lines: Sequence[str], limit: int = 8) -> list[str]:
+    """Return at most *limit* lines that tell what went wrong: the end of the last whole traceback, or the last lines.
+
+    Our services log JSON, in which a traceback is a field; whatever dies early writes plain text.
+    """
+    plain = [part for line in lines for part in _plain(line)]
+    end, inside = None, False
+    for index, line in enumerate(plain):
+        if line.startswith("Traceback "):
+            inside = True
+        elif inside and line and not line.startswith(" "):
+            end, inside = index, False
+    until = len(plain) if end is None else end + 1
+    return [line[:300] for line in plain[max(0, until - limit) : until]]
+
+
+def _plain(line: str) -> list[str]:
+    """Return a line of a service's log without what everybody knows, its traceback as lines of its own."""
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return [line.rstrip()]
+    if not isinstance(entry, dict):
+        return [line.rstrip()]
+    fields = [f"{key}={value}" for key, value in entry.items() if key not in _KNOWN_FIELDS]
+    return [
+        " ".join([f"{entry.get('level', 'info')}: {entry.get('event', '')}", *fields]),
+        *str(entry.get("exception", "")).splitlines(),
+    ]
+
+
+_KNOWN_FIELDS = {"service", "host", "slot", "release", "level", "event", "time", "exception", "request_id"}
+
+
 def parse_show(text: str) -> dict[str, dict[str, str]]:
     """Return the output of ``systemctl show`` as unit → property → value."""
     found: dict[str, dict[str, str]] = {}
@@ -209,11 +243,14 @@ class Host:
             raise HostError(f"systemctl show failed: {done.errors.strip()}")
         return parse_show(done.output)
 
-    def log(self, name: str, since: float, lines: int = 8) -> list[str]:
-        """Return the last *lines* that the unit *name* logged since the Unix time *since*; if none, systemd's about it."""
-        argv = ["journalctl", "--since", f"@{int(since)}", "--lines", str(lines), "--no-pager", "--output", "cat"]
+    def log(self, name: str, since: float) -> list[str]:
+        """Return the lines that tell most of what the unit *name* logged since the Unix time *since*.
+
+        Where the unit itself said nothing, systemd's lines about it.
+        """
+        argv = ["journalctl", "--since", f"@{since:.6f}", "--lines", "200", "--no-pager", "--output", "cat"]
         said = self.run([*argv, f"_SYSTEMD_UNIT={name}"]).output or self.run([*argv, "--unit", name]).output
-        return [line[:300] for line in said.splitlines()]
+        return telling(said.splitlines())
 
     # What changes it
 
@@ -327,13 +364,15 @@ class Host:
 
     # Health
 
-    def wait_healthy(self, gate: Gate, timeout: float, minimum: float) -> float:
+    def wait_healthy(self, gate: Gate, timeout: float, minimum: float, began: float | None = None) -> float:
         """Wait until *gate* finds no fault for *minimum* seconds without a restart; return the seconds it took.
 
-        Raises :class:`HostError` with the fault and the guilty unit's last lines after *timeout* seconds, or at once if a
-        service keeps crashing.
+        *began* is the Unix time at which the services were started, if they were: nothing older is shown of their logs.
+        Raises :class:`HostError` with the fault and the guilty unit's log after *timeout* seconds, or at once if a service
+        keeps crashing.
         """
-        began, deadline, since = time.time(), time.monotonic() + timeout + minimum, None
+        began = time.time() if began is None else began
+        deadline, since = time.monotonic() + timeout + minimum, None
         first: dict[str, int] = {}
         processes: list[str] = []
         while True:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import grp
 import json
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -264,6 +265,41 @@ def test_a_restart_within_the_minimum_healthy_time_starts_it_anew(host: Host, mo
     monkeypatch.setattr(host, "show", show)
     with pytest.raises(HostError, match="do not stay the same"):
         host.wait_healthy(gate(answers()), timeout=0.3, minimum=0.5)
+
+
+def test_the_log_of_a_failed_start_begins_after_the_stop(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the old services logged while they stopped is no part of it, not even in the same second."""
+    serving(host, "blue", 1)
+    deployed(host, 2)
+    stopped: list[float] = []
+    stop = host.stop
+    monkeypatch.setattr(host, "stop", lambda *a: (stop(*a), stopped.append(time.time())))
+    monkeypatch.setattr(Gate, "fault", lambda *_: ("atlas-api@blue.service", "is shut"))
+    with pytest.raises(HostError, match="is shut"):
+        atlas_slot.Slot(params(slot="blue", number=2, release="1.0-abc", timeout=0), host, False).started()
+    calls = [call for call in host.run.calls if call[0] == "journalctl"]  # type: ignore[attr-defined]
+    assert calls and float(calls[0][2].removeprefix("@")) >= round(stopped[0], 6)
+
+
+TRACEBACK = ["Traceback (most recent call last):", *(f'  File "{n}"' for n in range(20)), "RuntimeError: broken"]
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [*TRACEBACK, "systemd will restart it", "Traceback (most recent call last):", '  File "cut off"'],
+        [json.dumps({"event": "failed", "level": "error", "host": "app1", "exception": "\n".join(TRACEBACK)})],
+    ],
+    ids=["plain, another one being written", "a field of JSON"],
+)
+def test_the_end_of_the_last_whole_traceback_tells_most(lines: list[str]) -> None:
+    told = atlas_host.telling(lines, limit=4)
+    assert told == ['  File "17"', '  File "18"', '  File "19"', "RuntimeError: broken"]
+
+
+def test_lines_without_a_traceback_are_shown_without_what_everybody_knows() -> None:
+    line = {"service": "core", "host": "app1", "level": "warning", "event": "job failed", "error": "no", "time": "x"}
+    assert atlas_host.telling(["one", "two", json.dumps(line)], limit=2) == ["two", "warning: job failed error=no"]
 
 
 # Deployments

@@ -114,7 +114,9 @@ def release_that_cannot_be_imported(tmp_path: Path) -> Path:
             shutil.copy(source, copy / name)
     (copy / ".cache").symlink_to(PROJECT / ".cache")
     package = copy / "app" / "src" / "atlas" / "api" / "__init__.py"
-    package.write_text("raise RuntimeError('this release cannot be imported')\n" + package.read_text())
+    first = "from __future__ import annotations\n"
+    raising = f"{first}raise RuntimeError('this release cannot be imported')\n"
+    package.write_text(package.read_text().replace(first, raising, 1))
     built = subprocess.run(
         [str(PROJECT / ".venv" / "bin" / "python"), "bin/build-release"], cwd=copy, capture_output=True, text=True
     )
@@ -127,7 +129,9 @@ def test_a_release_that_cannot_be_imported_is_refused(lab: Lab, release_that_can
     with posts(lab, every=0.1) as outcomes:
         run = lab.playbook("deploy", "-e", f"release={release_that_cannot_be_imported}")
     assert run.returncode != 0
-    assert "ends again and again" in run.stdout + run.stderr, (run.stdout + run.stderr)[-4000:]
+    output = run.stdout + run.stderr
+    assert "ends again and again" in output, output[-4000:]
+    assert "RuntimeError: this release cannot be imported" in output, "the log shown is not that of the failed start"
     assert {host: deployment(lab, host) for host in lab.group("app")} == before
     failed = [outcome for outcome in outcomes if outcome[1] != 202]
     assert len(outcomes) >= 50
