@@ -1,0 +1,51 @@
+"""`python -m bench [PART …] [--size small|full] [--json FILE]`: measure, then print the table."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from bench import queues, report, service
+from bench.stores import Bench, bench, say
+
+PARTS: dict[str, Callable[[Bench], Iterator[report.Row]]] = {
+    "service": service.single,
+    "batch": service.batch,
+    "queues": queues.measure,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="bench", description=__doc__)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; default: all")
+    parser.add_argument("--size", choices=("small", "full"), default="full")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
+    options = parser.parse_args()
+    unknown = sorted(set(options.parts) - set(PARTS))
+    if unknown:
+        parser.error(f"there is no part {unknown[0]!r}: {', '.join(PARTS)}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    rows: list[report.Row] = []
+    with bench(options.size) as run:
+        where = report.machine(run.directory)
+        for part in options.parts or PARTS:
+            say(f"{part} …")
+            began = time.monotonic()
+            rows += PARTS[part](run)
+            say(f"  took {time.monotonic() - began:.0f} s")
+    print(
+        f"Atlas bench, size {options.size}: {where['processors']} × {where['processor']}, {where['system']},"
+        f" Python {where['python']}, SQLite {where['sqlite']}, a durable write {where['fdatasync_ms']} ms,"
+        f" load before {where['load_before']}\n\n{report.table(rows)}"
+    )
+    if options.json:
+        options.json.write_text(json.dumps(report.as_dict(where, options.size, rows), indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
