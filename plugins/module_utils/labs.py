@@ -41,7 +41,7 @@ LIMIT = 20000
 # A host's systemd, journal and D-Bus take seven inotify instances; the kernel's default of 128 ends at 18 hosts.
 INOTIFY = Path("/proc/sys/fs/inotify/max_user_instances")
 INOTIFY_INSTANCES = 1024
-PACKAGES = "podman runc netavark aardvark-dns iptables uidmap mmdebstrap openssh-client iproute2"
+PACKAGES = "podman runc netavark aardvark-dns iptables nftables uidmap mmdebstrap openssh-client iproute2"
 _NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,30}[a-z0-9])?")
 _HOST = re.compile(r"[a-z0-9](?:[a-z0-9.-]{0,61}[a-z0-9])?")
 
@@ -208,7 +208,8 @@ class Podman:
 
 def check_machine() -> None:
     """Raise LabError with the one command that mends it when the machine cannot hold a lab."""
-    tools = ("podman", "mmdebstrap", "ssh-keygen", "ip", "iptables")
+    # netavark speaks to iptables on Debian 12 and to nft on 13.
+    tools = ("podman", "mmdebstrap", "ssh-keygen", "ip", "iptables", "nft")
     extra = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
     missing = [tool for tool in tools if not shutil.which(tool, path=extra)]
     if runtime_name(hybrid_cgroups(), lambda tool: shutil.which(tool, path=extra) is not None) is None:
