@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -68,7 +68,8 @@ class Deployment:
             "fetch_allow_networks": ["127.0.0.0/8"],
             "retry_base_seconds": 0.1,
         }
-        (directory / "settings.yaml").write_text(yaml.safe_dump(values | settings))
+        self.settings = values | settings
+        (directory / "settings.yaml").write_text(yaml.safe_dump(self.settings))
         (directory / "deployment.json").write_text(json.dumps({"id": 7, "release": "0.1.0-0123456789ab"}))
         credentials = directory / "credentials"
         credentials.mkdir()
@@ -98,7 +99,10 @@ class Deployment:
             done = self.command(*arguments)
             assert done.returncode == 0, done.stderr
 
-    def start(self, service: str, port: int, watchdog_seconds: float = 30) -> tuple[subprocess.Popen[bytes], Ear]:
+    def start(
+        self, service: str, port: int, watchdog_seconds: float = 30, command: Sequence[str] = ()
+    ) -> tuple[subprocess.Popen[bytes], Ear]:
+        """Start a service, or what Python is to run in its stead; and the ear that hears what it tells systemd."""
         address = f"@atlas-test-{os.getpid()}-{time.monotonic_ns()}"
         ear = Ear(address)
         self.ears.append(ear)
@@ -108,9 +112,8 @@ class Deployment:
             "WATCHDOG_USEC": str(int(watchdog_seconds * 1e6)),
         }
         with (self.directory / f"{service}-{port}.log").open("wb") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "atlas", "serve", service], env=environment, stdout=log, stderr=log
-            )
+            words = [sys.executable, *(command or ["-m", "atlas", "serve", service])]
+            process = subprocess.Popen(words, env=environment, stdout=log, stderr=log)
         self.processes.append(process)
         return process, ear
 
