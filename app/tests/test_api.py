@@ -146,6 +146,22 @@ def test_lists_have_pages(client: FlaskClient) -> None:
         (TEXT | {"priority": "urgent"}, "priority"),
         (TEXT | {"tags": "x"}, "tags"),
         (TEXT | {"extra": 1}, "extra"),
+        ({"url": "gopher://a.test/"}, "must begin with http:// or https://"),
+        ({"url": "http://a.test/\r\nX: y"}, "url"),
+        *(
+            ({"url": "http://a.test/", "sensitive": sensitive}, "sensitive")
+            for sensitive in (
+                {"headers": {"X-Key": "a\r\nX-Other: b"}},
+                {"headers": {"X-Key\n": "a"}},
+                {"headers": {"Host": "inside.test"}},
+                {"headers": {"x-key": "a", "X-Key": "b"}},
+                {"cookies": {"c": "a; d=b"}},
+                {"cookies": {"c": "a\n"}},
+                {"password": "without a name"},
+                {"username": "a:b", "password": "c"},
+                {"key": "value"},
+            )
+        ),
     ],
 )
 def test_a_bad_document_is_refused_with_its_field(client: FlaskClient, document: dict[str, Any], field: str) -> None:
@@ -225,13 +241,13 @@ def test_dead_letters_are_listed_and_requeued(client: FlaskClient, app: Flask) -
 
 
 def test_sensitive_fields_are_stored_encrypted_and_never_shown(client: FlaskClient, app: Flask) -> None:
-    taken = client.post("/v1/documents", json=TEXT | {"sensitive": {"cookie": "open-sesame"}}).get_json()
+    taken = client.post("/v1/documents", json=TEXT | {"sensitive": {"cookies": {"c": "open-sesame"}}}).get_json()
     assert "sesame" not in client.get(f"/v1/documents/{taken['id']}").text
     with store_of(app).read() as connection:
         stored = connection.scalar(select(documents.c.sensitive))
     assert stored and "sesame" not in stored
     work = app.extensions["atlas"].documents.work([taken["id"]])[taken["id"]]
-    assert work.sensitive == {"cookie": "open-sesame"}
+    assert work.sensitive == {"cookies": {"c": "open-sesame"}}
 
 
 def test_every_answer_names_release_slot_and_request(client: FlaskClient) -> None:

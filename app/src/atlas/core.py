@@ -24,6 +24,7 @@ from atlas.fetch import Fetcher, FetchError
 from atlas.queue import Job, Queue, Result
 from atlas.runtime import STOP_SECONDS, Runtime, one_line, open_queue
 from atlas.schema import ANYONE, jobs
+from atlas.sensitive import request_headers
 from atlas.settings import Settings
 
 POLL_SECONDS = (0.02, 0.25)
@@ -52,6 +53,7 @@ class Processor:
             settings.fetch_timeout_seconds,
             settings.fetch_limit_bytes,
             settings.fetch_allow_networks,
+            settings.fetch_redirect_limit,
         )
 
     def process(self, job: Job, work: Work | None) -> Result | Failure:
@@ -72,7 +74,7 @@ class Processor:
     def _document(self, work: Work) -> Extracted:
         if work.url is None:
             return self.extractor.extract((work.content or "").encode("utf-8", "replace"), work.content_type, "utf-8")
-        page = self._fetcher.fetch(work.url)
+        page = self._fetcher.fetch(work.url, request_headers(work.sensitive))
         return self.extractor.extract(page.body, page.content_type, page.charset, page.url)
 
     def _probe(self, job: Job) -> Result | Failure:

@@ -1,4 +1,4 @@
-"""Turns a page into text, in a child process that a hostile page may break.
+"""Turns a page or a feed into text, in a child process that a hostile page may break.
 
 One helper process imports the parser; for each page it forks a child with limits of its own on time and memory, so that
 no page meets what another left behind. The helper starts with the first page and is sent away when it has been idle.
@@ -7,6 +7,7 @@ Only JSON comes back from a child.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import json
 import os
@@ -16,14 +17,23 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from atlas.documents import Extracted
 
 HTML_TYPES = ("text/html", "application/xhtml+xml")
 TEXT_TYPES = ("text/plain", "text/markdown", "text/x-markdown")
+FEED_TYPES = ("application/rss+xml", "application/atom+xml", "application/rdf+xml", "application/xml", "text/xml")
 _ANSWER_LIMIT = 64 * 1024 * 1024
 _BOOT = "import json,sys;sys.path[:]=json.loads(sys.argv[1]);from atlas.parse import serve;serve()"
+_BOMS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
+_META_CHARSET = re.compile(rb"""<meta[^>]{0,200}charset\s{0,9}=\s{0,9}["']?([a-z0-9_:.-]{1,40})""", re.IGNORECASE)
+# Codecs that decode in linear time and stand for text; punycode, for one, does not.
+_CHARSETS = re.compile(r"(utf-(8|16|32)|iso8859|iso2022|cp|koi8|kz1048|gb|big5|euc|shift|mac|tis|hz|johab|ptcp)[\w-]*")
+# The names mean the larger set that browsers take them for (WHATWG Encoding, 4.2).
+_WIDER = {"iso8859-1": "cp1252", "ascii": "cp1252", "gb2312": "gb18030", "gbk": "gb18030"}
 
 
 class ExtractError(Exception):
@@ -32,6 +42,24 @@ class ExtractError(Exception):
     def __init__(self, error_class: str, message: str) -> None:
         super().__init__(message)
         self.error_class = error_class
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One entry of a feed. `key` tells it from the others; `text` is what the feed itself says."""
+
+    key: str
+    url: str | None
+    title: str | None
+    text: str
+
+
+@dataclass(frozen=True)
+class Feed:
+    """A feed as it was read, its entries in their order."""
+
+    title: str | None
+    entries: Sequence[Entry]
 
 
 class Extractor:
@@ -53,14 +81,24 @@ class Extractor:
         kind = content_type or ("text/html" if b"<" in body[:1024] else "text/plain")
         if kind in TEXT_TYPES:
             return _plain(body, kind, charset)
+        if kind in FEED_TYPES:
+            feed = self.feed(body, charset, url)
+            parts = ["\n".join(filter(None, (entry.title, entry.url, entry.text))) for entry in feed.entries]
+            if not any(parts):
+                raise ExtractError("parse_error", "the feed has no entries with text")
+            return Extracted("\n\n".join(filter(None, parts)), feed.title, kind, {"entries": len(feed.entries)})
         if kind not in HTML_TYPES:
             raise ExtractError("unsupported", f"content type {kind[:80]!r} is not supported")
-        answer = self._ask(json.dumps({"charset": charset, "url": url}).encode() + b"\n" + body)
-        if "error" in answer:
-            raise ExtractError("parse_error", str(answer["error"]))
+        answer = self._ask("page", charset_of(body, charset, is_html=True), url, body)
         return Extracted(str(answer["text"]), answer["title"], kind, answer["meta"])
 
-    def _ask(self, request: bytes) -> dict[str, Any]:
+    def feed(self, body: bytes, charset: str | None = None, url: str | None = None) -> Feed:
+        """The RSS or Atom feed in `body`, whatever type it was declared to be. Raises ExtractError."""
+        answer = self._ask("feed", charset, url, body)
+        return Feed(answer["title"], [Entry(**entry) for entry in answer["entries"]])
+
+    def _ask(self, kind: str, charset: str | None, url: str | None, body: bytes) -> dict[str, Any]:
+        request = json.dumps({"kind": kind, "charset": charset, "url": url}).encode() + b"\n" + body
         for _ in range(2):
             started = time.monotonic()
             answer = self._converse(request)
@@ -70,11 +108,14 @@ class Extractor:
             # No child ever saw the page: the helper was lost, which is not the page's fault.
             raise ExtractError("internal", "the extractor was lost")
         try:
-            return dict(json.loads(answer))
+            found = dict(json.loads(answer))
         except ValueError:
             if time.monotonic() - started >= self._timeout:
                 raise ExtractError("timeout", f"extraction took more than {self._timeout:g} s") from None
             raise ExtractError("parse_error", "the page broke its extractor, or used up its memory") from None
+        if "error" in found:
+            raise ExtractError("parse_error", str(found["error"]))
+        return found
 
     def _converse(self, request: bytes) -> bytes:
         """All that a child says: a newline as it begins, and its answer; nothing if there never was a child."""
@@ -140,17 +181,36 @@ class Extractor:
             self._dismiss()
 
 
-def _plain(body: bytes, kind: str, charset: str | None) -> Extracted:
-    if b"\0" in body[:4096] and not (charset or "").lower().startswith("utf-16"):
+def _plain(body: bytes, kind: str, declared: str | None) -> Extracted:
+    text = body.decode(charset_of(body, declared) or "latin-1", "replace")
+    if "\0" in text[:4096]:
         raise ExtractError("unsupported", "the content is binary")
-    text = _decoded(body, charset)
     heading = re.search(r"^#\s+(.{1,300})", text, re.MULTILINE) if "markdown" in kind else None
     return Extracted(text, heading.group(1).strip() if heading else None, kind)
 
 
-def _decoded(body: bytes, charset: str | None) -> str:
-    for candidate in (charset, "utf-8-sig", "cp1252"):
-        with contextlib.suppress(LookupError, UnicodeDecodeError):
-            if candidate:
-                return body.decode(candidate)
-    return body.decode("latin-1")
+def charset_of(body: bytes, declared: str | None, is_html: bool = False) -> str | None:
+    """The codec that reads these bytes: that of a byte order mark, the declared one, that of <meta>, UTF-8, or None.
+
+    A codec that fits throughout goes before one that leaves out a thousandth, and that before none.
+    """
+    marked = [codec for mark, codec in _BOMS if body.startswith(mark)]
+    meta = _META_CHARSET.search(body, 0, 4096) if is_html else None
+    # A page whose <meta> could be read in ASCII is not in UTF-16, whatever it says.
+    named = [declared or "", "" if meta is None else re.sub("(?i)^utf-?(16|32).*", "utf-8", meta[1].decode()), "utf-8"]
+    if not is_html and not declared:
+        named.append("cp1252")
+    candidates = marked or [codec for name in named for codec in _codecs(name)]
+    for tolerance in (0, 0.001):
+        for codec in candidates:
+            text = body.decode(codec, "replace")
+            if text.count("\ufffd") <= len(text) * tolerance:
+                return codec
+    return None
+
+
+def _codecs(name: str) -> list[str]:
+    with contextlib.suppress(LookupError, ValueError):
+        found = codecs.lookup(name).name
+        return [codec for codec in (_WIDER.get(found, found), found) if _CHARSETS.fullmatch(codec)]
+    return []

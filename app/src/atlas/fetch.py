@@ -1,8 +1,9 @@
 """Fetches pages as a careful stranger on the network would.
 
 Names are resolved here, each address is judged, and the connection goes to the judged address itself, so that a second
-DNS answer cannot lead inside (rebinding); Host and SNI keep the name. Every redirect passes the same gate. Size (after
-decompression), total time and the number of redirects are bounded.
+DNS answer cannot lead inside (rebinding); Host and SNI keep the name. Every redirect passes the same gate. Size (as
+sent, and after decompression), total time and the number of redirects are bounded. What lets us in at a source is shown
+to no other host.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import socket
 import ssl
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -22,7 +23,7 @@ from typing import Any
 import httpcore
 import httpx
 
-REDIRECT_LIMIT = 5
+_ACCEPT = "text/html, application/xhtml+xml, application/atom+xml, application/rss+xml, text/*;q=0.9, */*;q=0.1"
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _STATUS_CLASSES = {404: "not_found", 410: "not_found", 408: "timeout", 429: "rate_limited"}
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -39,33 +40,53 @@ class FetchError(Exception):
 
 @dataclass(frozen=True)
 class Page:
-    """What came back. `charset` is the one the server declared; `url` the address after redirects."""
+    """What came back. `charset` is the one the server declared; `url` the address after redirects.
+
+    `is_unchanged` says that there is no body, because the caller knows this version already.
+    """
 
     url: str
     content_type: str
     charset: str | None
     body: bytes
+    etag: str | None = None
+    last_modified: str | None = None
+    is_unchanged: bool = False
 
 
 class Fetcher:
-    """Fetches with the limits given: seconds in all, bytes after decompression, networks allowed beside public ones."""
+    """Fetches with the limits given: seconds in all, bytes, networks allowed beside public ones, redirects."""
 
-    def __init__(self, user_agent: str, timeout: float, limit: int, allow: Sequence[Network] = ()) -> None:
-        self._headers = {"User-Agent": user_agent, "Accept": "text/html, text/plain, text/markdown;q=0.9, */*;q=0.1"}
-        self._headers["Accept-Encoding"] = "gzip, deflate"
+    def __init__(
+        self, user_agent: str, timeout: float, limit: int, allow: Sequence[Network] = (), redirects: int = 5
+    ) -> None:
+        self._headers = {"User-Agent": user_agent, "Accept": _ACCEPT, "Accept-Encoding": "gzip, deflate"}
         self._timeout = timeout
         self._limit = limit
         self._allow = tuple(allow)
+        self._redirects = redirects
 
-    def fetch(self, url: str) -> Page:
-        """The page at `url`. Raises FetchError."""
+    def fetch(
+        self,
+        url: str,
+        private: Mapping[str, str] | None = None,
+        etag: str | None = None,
+        last_modified: str | None = None,
+    ) -> Page:
+        """The page at `url`. Raises FetchError.
+
+        `private` are request headers that no other host may see, also not after a redirect. `etag` and `last_modified`
+        are those of the version that the caller knows.
+        """
+        known = {"If-None-Match": etag, "If-Modified-Since": last_modified}
+        headers = {name: value for name, value in known.items() if value is not None}
         deadline = time.monotonic() + self._timeout
         transport = _Transport(_Gate(self._allow, deadline))
         try:
             with httpx.Client(
                 transport=transport, headers=self._headers, trust_env=False, timeout=self._timeout
             ) as client:
-                return self._follow(client, url, deadline)
+                return self._follow(client, url, headers, private or {}, deadline)
         except (httpx.TimeoutException, httpcore.TimeoutException) as error:
             raise FetchError("timeout", f"no complete answer within {self._timeout:g} s") from error
         except (httpx.HTTPError, httpcore.NetworkError, httpcore.ProtocolError) as error:
@@ -73,31 +94,52 @@ class Fetcher:
         except (httpx.InvalidURL, UnicodeError) as error:
             raise FetchError("unsupported", f"not a usable URL: {error}") from error
 
-    def _follow(self, client: httpx.Client, url: str, deadline: float) -> Page:
-        for _ in range(REDIRECT_LIMIT + 1):
+    def _follow(
+        self, client: httpx.Client, url: str, headers: dict[str, str], private: Mapping[str, str], deadline: float
+    ) -> Page:
+        source = httpx.URL(url)
+        for _ in range(self._redirects + 1):
             target = httpx.URL(url)
             if target.scheme not in ("http", "https") or not target.host:
                 raise FetchError("unsupported", f"{target.scheme or 'no'}: only http and https are fetched")
             # A page must not make us send credentials, neither ours nor its own.
-            with client.stream("GET", target.copy_with(username=None, password=None)) as response:
+            target = target.copy_with(username=None, password=None)
+            own = private if _is_same_place(source, target) else {}
+            with client.stream("GET", target, headers={**headers, **own}) as response:
                 if response.has_redirect_location:
                     url = str(response.url.join(response.headers["location"]))
                     continue
-                _check_status(response)
-                body = b"".join(self._body(response, deadline))
-                content_type = response.headers.get("content-type", "").partition(";")[0].strip().lower()
-                return Page(str(response.url), content_type, response.charset_encoding, body)
-        raise FetchError("client_error", f"more than {REDIRECT_LIMIT} redirects")
+                is_unchanged = response.status_code == 304 and bool(headers)
+                if not is_unchanged:
+                    _check_status(response)
+                coding = response.headers.get("content-encoding", "").strip().lower()
+                pieces = () if is_unchanged else _decoded(coding, self._bounded(response.iter_raw(), deadline))
+                return Page(
+                    str(response.url),
+                    response.headers.get("content-type", "").partition(";")[0].strip().lower(),
+                    response.charset_encoding,
+                    b"".join(self._bounded(pieces, deadline)),
+                    response.headers.get("etag"),
+                    response.headers.get("last-modified"),
+                    is_unchanged,
+                )
+        raise FetchError("client_error", f"more than {self._redirects} redirects")
 
-    def _body(self, response: httpx.Response, deadline: float) -> Iterator[bytes]:
+    def _bounded(self, pieces: Iterable[bytes], deadline: float) -> Iterator[bytes]:
         size = 0
-        for piece in _decoded(response):
+        for piece in pieces:
             size += len(piece)
             if size > self._limit:
                 raise FetchError("too_large", f"the page is larger than {self._limit} bytes")
             if time.monotonic() > deadline:
                 raise FetchError("timeout", f"no complete answer within {self._timeout:g} s")
             yield piece
+
+
+def _is_same_place(source: httpx.URL, target: httpx.URL) -> bool:
+    """Whether `target` may see what was given for `source`: the same origin, or the same host now over TLS."""
+    here, there = ((url.scheme, url.host, url.port) for url in (source, target))
+    return here == there or (here, there) == (("http", source.host, None), ("https", source.host, None))
 
 
 def _check_status(response: httpx.Response) -> None:
@@ -113,7 +155,7 @@ def _retry_after(value: str | None) -> float | None:
     """Retry-After (RFC 9110, 10.2.3): seconds, or a date."""
     if value is None:
         return None
-    if value.isdigit():
+    if value.isascii() and value.isdigit():
         return float(value[:9])
     try:
         moment = parsedate_to_datetime(value)
@@ -122,23 +164,29 @@ def _retry_after(value: str | None) -> float | None:
         return None
 
 
-def _decoded(response: httpx.Response) -> Iterator[bytes]:
+def _decoded(coding: str, chunks: Iterable[bytes]) -> Iterator[bytes]:
     """The body, decompressed in small steps, so that a bomb is stopped while it is still small."""
-    encoding = response.headers.get("content-encoding", "").strip().lower()
-    if encoding in ("", "identity"):
-        yield from response.iter_raw()
+    if coding in ("", "identity"):
+        yield from chunks
         return
-    if encoding not in ("gzip", "x-gzip", "deflate"):
-        raise FetchError("unsupported", f"content-encoding {encoding[:40]!r} was not asked for")
-    decoder = zlib.decompressobj(wbits=47)  # gzip or zlib, by its header
+    if coding not in ("gzip", "x-gzip", "deflate"):
+        raise FetchError("unsupported", f"content-encoding {coding[:40]!r} was not asked for")
+    decoder = None
     try:
-        for chunk in response.iter_raw():
+        for chunk in filter(None, chunks):
+            if decoder is None:
+                # gzip or zlib by its header; some servers send "deflate" without one.
+                is_bare = coding == "deflate" and chunk[0] & 15 != 8
+                decoder = zlib.decompressobj(wbits=-15 if is_bare else 47)
             while chunk and not decoder.eof:
                 yield decoder.decompress(chunk, 1 << 18)
                 chunk = decoder.unconsumed_tail
-        yield decoder.flush()
+        if decoder is not None:
+            yield decoder.flush()
     except zlib.error as error:
-        raise FetchError("parse_error", f"the {encoding} stream is broken: {error}") from error
+        raise FetchError("parse_error", f"the {coding} stream is broken: {error}") from error
+    if decoder is not None and not decoder.eof:
+        raise FetchError("network", f"the {coding} stream ended early")
 
 
 def permitted(address: str, allow: Iterable[Network] = ()) -> bool:

@@ -92,6 +92,7 @@ class Settings(BaseSettings):
 
     fetch_timeout_seconds: float = Field(default=60, gt=0)
     fetch_limit_bytes: int = Field(default=10_000_000, ge=1)
+    fetch_redirect_limit: int = Field(default=5, ge=0, le=20)
     fetch_allow_networks: list[IPvAnyNetwork] = []
     user_agent: str = Field(default="Atlas/0.1 (content ingestion)", min_length=1)
     extract_timeout_seconds: float = Field(default=30, gt=0)

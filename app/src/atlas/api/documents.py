@@ -12,6 +12,7 @@ from atlas.api.problems import Problem
 from atlas.api.state import state
 from atlas.documents import QueueFull, Submission
 from atlas.schema import PRIORITIES
+from atlas.sensitive import Sensitive
 
 blueprint = Blueprint("documents", __name__, url_prefix="/v1/documents")
 LIST_LIMIT = 200
@@ -24,11 +25,13 @@ class DocumentIn(BaseModel):
 
     url: str | None = None
     content: str | None = None
-    content_type: Literal["text/html", "text/plain", "text/markdown"] | None = None
+    content_type: (
+        Literal["text/html", "text/plain", "text/markdown", "application/rss+xml", "application/atom+xml"] | None
+    ) = None
     title: Annotated[str, Field(max_length=1000)] | None = None
     tags: Annotated[list[Annotated[str, Field(min_length=1, max_length=100)]], Field(max_length=50)] = []
     priority: Literal["high", "normal", "low"] = "normal"
-    sensitive: Annotated[dict[str, str], Field(max_length=50)] | None = None
+    sensitive: Sensitive | None = None
 
     @model_validator(mode="after")
     def _check_source(self) -> Self:
@@ -53,7 +56,7 @@ def submit() -> tuple[Response, int]:
                 title=document.title,
                 tags=document.tags,
                 priority=PRIORITIES[document.priority],
-                sensitive=document.sensitive,
+                sensitive=None if document.sensitive is None else document.sensitive.given(),
                 submitted_by=g.token.name,
                 request_id=g.request_id,
             )
