@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-from labtest import LAB_NAME, PROJECT, Lab
+from labtest import LAB_NAME, Lab
 
 
 @pytest.fixture(scope="session")
 def lab() -> Lab:
     """The lab under test."""
-    access = json.loads((PROJECT / ".lab" / LAB_NAME / "access.json").read_text())
-    return Lab(LAB_NAME, access["url"], access["token"], access["hosts"], access["ssh_key"])
+    return Lab.open(LAB_NAME)
 
 
 @pytest.fixture(scope="session")

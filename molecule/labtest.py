@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import ssl
 import subprocess
 import urllib.error
 import urllib.request
@@ -34,6 +36,13 @@ class Lab:
     token: str
     hosts: dict[str, str]
     ssh_key: str
+    ca: str | None = None
+
+    @classmethod
+    def open(cls, name: str) -> Lab:
+        """Return the lab *name*, which was raised before."""
+        access = json.loads((PROJECT / ".lab" / name / "access.json").read_text())
+        return cls(name, access["url"], access["token"], access["hosts"], access["ssh_key"], access["ca"])
 
     @property
     def folder(self) -> Path:
@@ -85,6 +94,11 @@ class Lab:
             cwd=PROJECT, capture_output=True, text=True, timeout=timeout, check=False,
         )  # fmt: skip
 
+    @functools.cached_property
+    def tls(self) -> ssl.SSLContext | None:
+        """What a client of the lab trusts: its own authority, and no other."""
+        return ssl.create_default_context(cafile=self.ca) if self.ca else None
+
     @staticmethod
     def _environment() -> dict[str, str]:
         own = {key: value for key, value in os.environ.items() if not key.startswith(("ANSIBLE_", "MOLECULE_"))}
@@ -102,7 +116,7 @@ class Lab:
             data = json.dumps(body).encode()
             request.add_header("Content-Type", "application/json")
         try:
-            with urllib.request.urlopen(request, data=data, timeout=timeout) as answer:
+            with urllib.request.urlopen(request, data=data, timeout=timeout, context=self.tls) as answer:
                 return _answer(answer.status, answer.headers, answer.read())
         except urllib.error.HTTPError as error:
             return _answer(error.code, error.headers, error.read())

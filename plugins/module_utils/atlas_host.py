@@ -17,6 +17,7 @@ import os
 import re
 import secrets
 import shutil
+import ssl
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -403,9 +404,15 @@ class Answer(NamedTuple):
     body: dict[str, Any]
 
 
-def get(port: int, path: str, address: str = "127.0.0.1", timeout: float = 3) -> Answer:
-    """Ask for *path*; what cannot be reached answers with status 0."""
-    connection = http.client.HTTPConnection(address, port, timeout=timeout)
+def get(
+    port: int, path: str, address: str = "127.0.0.1", timeout: float = 3, tls: ssl.SSLContext | None = None
+) -> Answer:
+    """Ask for *path*, encrypted where *tls* is given; what cannot be reached answers with status 0."""
+    connection = (
+        http.client.HTTPSConnection(address, port, timeout=timeout, context=tls)
+        if tls
+        else http.client.HTTPConnection(address, port, timeout=timeout)
+    )
     try:
         connection.request("GET", path, headers={"Connection": "close"})
         response = connection.getresponse()

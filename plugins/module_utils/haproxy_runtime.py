@@ -1,4 +1,4 @@
-"""Owns how servers of a running HAProxy leave and join traffic, and how the slot in service is switched.
+"""Owns how servers of a running HAProxy leave and join traffic, how the slot in service is switched, and its certificate.
 
 Everything goes over the runtime socket, every wait has a deadline, and every operation ends by reading back what it
 claims: a server "is drained" when HAProxy says so, not when the command was sent. The protocol is that of HAProxy's
@@ -8,11 +8,15 @@ management guide, chapter 9.3 (2.6 and 3.0 agree on what is used here).
 from __future__ import annotations
 
 import csv
+import datetime
+import hashlib
 import io
 import os
 import re
 import shutil
 import socket
+import ssl
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -331,6 +335,106 @@ def replace_file(path: Path, text: str) -> None:
         os.replace(name, path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
+        raise
+
+
+class CertificateFailure(Exception):
+    """What is wrong with a certificate, in words for the user; never a part of it."""
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What people want to know of a certificate, and what HAProxy knows it by. *sha1* in capitals, as HAProxy has it."""
+
+    names: tuple[str, ...]
+    expires: datetime.datetime
+    fingerprint: str
+    sha1: str
+
+    def report(self) -> dict[str, object]:
+        """Return what a user wants to see of it."""
+        return {"names": list(self.names), "expires": self.expires.isoformat(), "fingerprint": self.fingerprint}
+
+
+def inspect_certificate(pem: str, now: datetime.datetime | None = None) -> Certificate:
+    """Return the first certificate in *pem*; raise CertificateFailure if its key is missing or another's, or if it is
+    not valid at *now*."""
+    found = re.search(r"^-+BEGIN CERTIFICATE-+\n.+?^-+END CERTIFICATE-+$", pem, re.MULTILINE | re.DOTALL)
+    if not found:
+        raise CertificateFailure(
+            "There is no certificate in it: certificate, chain and private key are expected, as PEM."
+        )
+    try:
+        _load(pem)
+    except (ssl.SSLError, ValueError) as error:
+        why = (
+            "its private key is another certificate's"
+            if "MISMATCH" in str(error).upper()
+            else "it has no usable private key"
+        )
+        raise CertificateFailure(
+            f"The certificate cannot be used: {why}. Certificate, chain and private key are expected, as PEM."
+        ) from None
+    shown = subprocess.run(
+        ["openssl", "x509", "-noout", "-startdate", "-enddate", "-ext", "subjectAltName"],
+        input=found[0], capture_output=True, text=True, check=False, timeout=10,
+    )  # fmt: skip
+    dates = dict(re.findall(r"^(not\w+)=(.*)$", shown.stdout, re.MULTILINE))
+    begins, ends = (
+        datetime.datetime.strptime(dates[key], "%b %d %H:%M:%S %Y GMT").replace(tzinfo=datetime.UTC)
+        for key in ("notBefore", "notAfter")
+    )
+    if now is not None and not begins <= now < ends:
+        raise CertificateFailure(f"The certificate is valid from {begins.isoformat()} to {ends.isoformat()}, not now.")
+    der = ssl.PEM_cert_to_DER_cert(found[0])
+    return Certificate(
+        names=tuple(re.findall(r"(?:DNS|IP Address):([^,\s]+)", shown.stdout)),
+        expires=ends,
+        fingerprint=hashlib.sha256(der).hexdigest(),
+        sha1=hashlib.sha1(der, usedforsecurity=False).hexdigest().upper(),
+    )
+
+
+def _load(pem: str) -> None:
+    """Have OpenSSL load certificate and key in *pem*, which never touches a disk."""
+    handle = os.memfd_create("certificate")
+    try:
+        os.write(handle, pem.encode())
+        # Without an answer to the question for a passphrase it would be asked on the terminal.
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(f"/proc/self/fd/{handle}", password="")
+    finally:
+        os.close(handle)
+
+
+def presented(runtime: RuntimeSocket, path: str) -> str | None:
+    """Return the SHA-1 fingerprint of the certificate that the running HAProxy has for the file *path*, or None."""
+    found = re.search(r"^SHA1 FingerPrint: (\w+)$", runtime.ask(f"show ssl cert {path}"), re.MULTILINE)
+    return found[1] if found else None
+
+
+def exchange_certificate(runtime: RuntimeSocket | None, path: Path, pem: str, sha1: str) -> None:
+    """Put *pem* into the file *path* and, unless *runtime* is None, into the running HAProxy, and read it back.
+
+    When HAProxy refuses, the file returns to what it was.
+    """
+    before = path.read_text() if path.exists() else None
+    if before is None:
+        path.touch(0o600)
+    path.chmod(0o600)
+    replace_file(path, pem)
+    if runtime is None:
+        return
+    try:
+        # An empty line would end the text early.
+        body = "\n".join(line for line in pem.splitlines() if line.strip())
+        answers = [runtime.ask(f"set ssl cert {path} <<\n{body}\n"), runtime.ask(f"commit ssl cert {path}")]
+        if presented(runtime, str(path)) != sha1:
+            runtime.ask(f"abort ssl cert {path}")
+            said = " ".join(" ".join(answers).split())
+            raise RuntimeFailure(f"HAProxy did not take the new certificate: {said}. It presents the old one.")
+    except RuntimeFailure:
+        if before is not None:
+            replace_file(path, before)
         raise
 
 

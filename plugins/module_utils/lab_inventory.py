@@ -10,11 +10,13 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import yaml
-from ansible.module_utils.labs import ORIGIN, Lab, LabError, Record, first_edge, write_file
+from ansible.module_utils import lab_tls
+from ansible.module_utils.labs import ORIGIN, Lab, LabError, Record, edges, write_file
 from ansible.module_utils.vault_spec import generate, random_password
 
 LAST = "zz-lab.yml"
@@ -39,8 +41,8 @@ def variable_files(directory: Path) -> dict[str, list[Path]]:
     return found
 
 
-def host_variables(lab: Lab, record: Record, host: str) -> dict[str, Any]:
-    """What a lab host has of its own; all that could lead outside the lab is set here."""
+def host_variables(lab: Lab, record: Record, host: str, tls: Collection[str]) -> dict[str, Any]:
+    """What a lab host has of its own; all that could lead outside the lab is set here. *tls*: edges with HTTPS."""
     gateway = record.gateway
     origin = record.origin_address
     return {
@@ -61,7 +63,24 @@ def host_variables(lab: Lab, record: Record, host: str) -> dict[str, Any]:
         "base_ssh_port": 22,
         "base_ssh_sources": [gateway],
         "atlas_fetch_allow_networks": [f"{origin}/32"],
+        # Never the environment's own certificate: its key is no lab's business.
+        "haproxy_tls_pem": _lookup(lab.directory / "tls" / f"{host}.pem") if host in tls else "",
     }
+
+
+def _lookup(path: Path) -> str:
+    return f"{{{{ lookup('ansible.builtin.file', '{path}') }}}}"
+
+
+def serves_tls(source: Path) -> bool:
+    """Whether the environment's edges serve HTTPS: `haproxy_tls` in its group_vars, where a literal must stand."""
+    found = False
+    for name in ("all", "edge"):
+        for path in variable_files(source / "group_vars").get(name, []):
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+            if isinstance(values, dict) and "haproxy_tls" in values:
+                found = values["haproxy_tls"] is True
+    return found
 
 
 def derive(lab: Lab, record: Record, source: Path) -> list[str]:
@@ -78,8 +97,9 @@ def derive(lab: Lab, record: Record, source: Path) -> list[str]:
                     raise LabError(f"{path} and {links[place]} would be the same file in a lab: rename one of them")
                 links[place] = path
     files[target / "environment.yml"] = _yaml({"plugin": "environment", "vault_id": f"lab-{lab.name}"})
+    tls = edges(source) if serves_tls(source) else []
     for host in record.addresses:
-        files[target / "host_vars" / host / LAST] = _yaml(host_variables(lab, record, host))
+        files[target / "host_vars" / host / LAST] = _yaml(host_variables(lab, record, host, tls))
     vault = target / "group_vars" / "all" / "vault.yml"
 
     changes = []
@@ -98,6 +118,9 @@ def derive(lab: Lab, record: Record, source: Path) -> list[str]:
         if write_file(path, content):
             changes.append(f"{path.relative_to(target)} written")
     changes += _secrets(lab, vault)
+    if tls:
+        served = {edge: record.addresses[edge] for edge in tls}
+        changes += lab_tls.ensure(lab.directory / "tls", lab.name, record.subnet, served)
     changes += _access(lab, record, source, vault)
     return changes
 
@@ -124,10 +147,11 @@ def _access(lab: Lab, record: Record, source: Path, vault: Path) -> list[str]:
         client = lab.directory / "vault-password"
         plain = ansible_vault("view", "--vault-id", f"lab-{lab.name}@{client}", str(vault))
         token = yaml.safe_load(plain)["vault_atlas_tokens"][0]["token"]
+    tls = serves_tls(source)
     content = {
-        "url": f"http://{record.addresses[first_edge(source)]}",
+        "url": f"{'https' if tls else 'http'}://{record.addresses[edges(source)[0]]}",
         "token": token,
-        "ca": None,
+        "ca": str(lab.directory / "tls" / "ca.pem") if tls else None,
         "hosts": record.addresses,
         "ssh_key": str(lab.directory / "ssh_key"),
     }

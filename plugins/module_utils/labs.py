@@ -96,15 +96,15 @@ def environment_hosts(inventory: Path) -> dict[str, str]:
     return {host: str(given.get("debian_release", RELEASES[0])) for host, given in variables.items()}
 
 
-def first_edge(inventory: Path) -> str:
-    """The first host of the group `edge`: where a lab's URL points."""
+def edges(inventory: Path) -> list[str]:
+    """The hosts of the group `edge`; a lab's URL points to the first."""
     import yaml
 
     tree = yaml.safe_load((inventory / "hosts.yml").read_text(encoding="utf-8"))
     for group in _groups(tree):
         edge = (group.get("children") or {}).get("edge") or {}
         if edge.get("hosts"):
-            return str(next(iter(edge["hosts"])))
+            return list(map(str, edge["hosts"]))
     raise LabError(f"{inventory / 'hosts.yml'} has no host in the group edge")
 
 

@@ -96,12 +96,19 @@ def _tokens_weakness(value: Any) -> str | None:
     return "names a token twice" if len(set(names)) != len(names) else None
 
 
+def _pem_weakness(value: Any) -> str | None:
+    blocks = set(re.findall(r"^-+BEGIN ([A-Z ]+)-+$", value if isinstance(value, str) else "", re.MULTILINE))
+    if "CERTIFICATE" not in blocks or not any(block.endswith("PRIVATE KEY") for block in blocks):
+        return "must hold a certificate, its chain and its private key, as PEM"
+    return None
+
+
 @dataclass(frozen=True)
 class Secret:
-    """One entry of the vault file."""
+    """One entry of the vault file; one that nobody can *make* is optional."""
 
     name: str
-    make: Callable[[], Any]
+    make: Callable[[], Any] | None
     weakness: Callable[[Any], str | None]
 
 
@@ -113,12 +120,14 @@ SECRETS = (
         lambda: [{"name": "operator", "token": random_token(), "scopes": list(TOKEN_SCOPES), "limits": None}],
         _tokens_weakness,
     ),
+    Secret("vault_haproxy_tls_pem", None, _pem_weakness),
 )
+OPTIONAL = {secret.name for secret in SECRETS if secret.make is None}
 
 
 def generate() -> dict[str, Any]:
-    """New values for every secret, ready to be written as YAML or JSON."""
-    return {secret.name: secret.make() for secret in SECRETS}
+    """New values for every secret that can be made, ready to be written as YAML or JSON."""
+    return {secret.name: secret.make() for secret in SECRETS if secret.make}
 
 
 def value_errors(vault: Mapping[str, Any]) -> list[str]:
@@ -126,7 +135,7 @@ def value_errors(vault: Mapping[str, Any]) -> list[str]:
     errors = [f"{name} is in no list of secrets" for name in vault if name not in {secret.name for secret in SECRETS}]
     for secret in SECRETS:
         if secret.name not in vault:
-            errors.append(f"{secret.name} is missing")
+            errors += [f"{secret.name} is missing"] if secret.make else []
         else:
             weakness = secret.weakness(vault[secret.name])
             if weakness:
@@ -146,7 +155,9 @@ def mirror_errors(vault: Mapping[str, Any], plain: Mapping[str, str]) -> list[st
             for name in _REFERENCE.findall(line.split("#", 1)[0]):
                 named.setdefault(name, path)
     errors = [
-        f"{path} uses {name}, which the vault file does not hold" for name, path in named.items() if name not in vault
+        f"{path} uses {name}, which the vault file does not hold"
+        for name, path in named.items()
+        if name not in vault and name not in OPTIONAL
     ]
     errors += [f"{name} is in the vault file, but no group_vars file mirrors it" for name in vault if name not in named]
     return errors

@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
+import datetime
 import http.client
 import json
 import os
 import socket
+import ssl
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from ansible.module_utils import lab_tls
 from ansible.module_utils.haproxy_runtime import (
     Balancer,
+    CertificateFailure,
     RuntimeFailure,
+    RuntimeSocket,
     Server,
     entries,
+    exchange_certificate,
+    inspect_certificate,
     is_already,
     parse_old_workers,
     parse_servers,
+    presented,
     with_entry,
 )
 
@@ -144,20 +153,37 @@ def free_ports(count: int) -> list[int]:
 @pytest.fixture(params=CODENAMES)
 def edge(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Edge]:
     """HAProxy with both services of blue up and green stopped."""
+    with running(request.param, Path(tmp_path_factory.mktemp("haproxy"))) as edge:
+        yield edge
+
+
+@pytest.fixture(params=CODENAMES)
+def encrypted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Edge]:
+    """The same with HTTPS on its port; the authority and the first certificate are in tls/."""
     directory = Path(tmp_path_factory.mktemp("haproxy"))
+    lab_tls.ensure(directory / "tls", "check", "127.0.0.0/8", {"edge": "127.0.0.1"})
+    with running(request.param, directory, haproxy_tls=True) as edge:
+        yield edge
+
+
+@contextmanager
+def running(codename: str, directory: Path, haproxy_tls: bool = False) -> Iterator[Edge]:
+    """HAProxy with the role's configuration in *directory*, and the services of blue."""
     for parent in (directory, *directory.parents[:2]):
         parent.chmod(0o777 if parent == directory else 0o755)
-    port, stats, blue, green = free_ports(4)
+    port, plain, stats, blue, green = free_ports(5)
     slots = {"blue": blue, "green": green}
-    variables = {
+    variables: dict[str, object] = {
+        "haproxy_tls": haproxy_tls,
+        "haproxy_tls_port": port,
         "haproxy_servers": [{"name": name, "address": address} for name, address in ADDRESSES.items()],
         "haproxy_slot_ports": slots,
-        "haproxy_bind_port": port,
+        "haproxy_bind_port": plain if haproxy_tls else port,
         "haproxy_stats_port": stats,
     }
 
     def place(template: str, name: str) -> None:
-        text = render("haproxy", template, request.param, **variables)
+        text = render("haproxy", template, codename, **variables)
         for folder in ("/run/haproxy", "/etc/haproxy/errors", "/etc/haproxy"):
             text = text.replace(f"{folder}/", f"{directory}/")
         (directory / name).write_text(text)
@@ -168,9 +194,7 @@ def edge(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     (directory / "slot.map").write_text("active be_blue\n")
     (directory / "server-state").write_text("1\n")
     command = ("haproxy", "-W", "-f", f"{directory}/haproxy.cfg", "-S", f"{directory}/master.sock")
-    with Container(
-        request.param, "--network=host", "--volume", f"{directory}:{directory}", command=command
-    ) as container:
+    with Container(codename, "--network=host", "--volume", f"{directory}:{directory}", command=command) as container:
         edge = Edge(container, directory, port, slots)
         try:
             for host in ADDRESSES:
@@ -303,10 +327,94 @@ def test_a_refused_order_leaves_the_file_alone(edge: Edge, tmp_path: Path) -> No
     assert unknown.read_text() == "active be_green\n"
 
 
-def ansible(edge: Edge, arguments: Mapping[str, object], *options: str) -> dict[str, object]:
-    """Outcome of the module, run by Ansible."""
+def connected(edge: Edge) -> ssl.SSLSocket:
+    """A connection through the encrypted port, verified against the authority."""
+    plain = socket.create_connection(("127.0.0.1", edge.port), timeout=5)
+    context = ssl.create_default_context(cafile=edge.directory / "tls/ca.pem")
+    return context.wrap_socket(plain, server_hostname="127.0.0.1")
+
+
+def serial(connection: ssl.SSLSocket) -> str:
+    certificate = connection.getpeercert()
+    assert certificate
+    return str(certificate["serialNumber"])
+
+
+def issue(edge: Edge) -> str:
+    """A new certificate of the same authority, for the same name."""
+    directory = edge.directory / "tls"
+    (directory / "new.pem").unlink(missing_ok=True)
+    lab_tls.ensure(directory, "check", "127.0.0.0/8", {"new": "127.0.0.1"})
+    return (directory / "new.pem").read_text()
+
+
+def test_a_new_certificate_is_presented_without_a_reload(encrypted: Edge) -> None:
+    path = str(encrypted.directory / "tls/edge.pem")
+    worker = encrypted.balancer.runtime.ask("show info").split("Pid: ")[1].split()[0]
+    with connected(encrypted) as established:
+        before = serial(established)
+        new = issue(encrypted)
+        call = {"path": path, "pem": new, "socket": str(encrypted.directory / "admin.sock")}
+        checked = ansible(encrypted, call, "--check", "--diff", module="haproxy_certificate")
+        assert checked["changed"] is True
+        with connected(encrypted) as fresh:
+            assert serial(fresh) == before, "check mode changed something"
+        outcome = ansible(encrypted, call, "--diff", module="haproxy_certificate")
+        assert (outcome["changed"], outcome["loaded"]) == (True, True)
+        key = new.split("PRIVATE KEY-----\n")[1].splitlines()[0]
+        assert key not in json.dumps([checked, outcome])
+        assert Path(path).read_text() == new
+        assert Path(path).stat().st_mode & 0o777 == 0o600
+        with connected(encrypted) as fresh:
+            after = serial(fresh)
+            assert after != before
+        established.sendall(b"GET / HTTP/1.1\r\nHost: edge\r\n\r\n")
+        assert b" 200 " in established.recv(15), "an established connection goes on"
+    assert encrypted.balancer.runtime.ask("show info").split("Pid: ")[1].split()[0] == worker
+    assert ansible(encrypted, call, module="haproxy_certificate")["changed"] is False
+    encrypted.reload()
+    with connected(encrypted) as fresh:
+        assert serial(fresh) == after, "the file and the process agree"
+
+
+def test_a_certificate_that_cannot_be_used_changes_nothing(encrypted: Edge, tmp_path: Path) -> None:
+    path = encrypted.directory / "tls/edge.pem"
+    before, new = path.read_text(), issue(encrypted)
+    certificate, key = new.split("-----BEGIN PRIVATE")
+    others = "-----BEGIN PRIVATE" + issue(encrypted).split("-----BEGIN PRIVATE")[1]
+    for pem, says in (
+        (certificate, "no usable private key"),
+        (others, "no certificate"),
+        (certificate + others, "another certificate's"),
+    ):
+        call = {"path": str(path), "pem": pem, "socket": str(encrypted.directory / "admin.sock")}
+        outcome = ansible(encrypted, call, module="haproxy_certificate")
+        assert says in str(outcome["msg"])
+    with pytest.raises(CertificateFailure, match="not now"):
+        inspect_certificate(new, datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=400))
+    # HAProxy's own refusal: the file returns too.
+    runtime = RuntimeSocket(str(encrypted.directory / "admin.sock"))
+    with pytest.raises(RuntimeFailure, match="did not take the new certificate"):
+        exchange_certificate(runtime, path, certificate + others, "0" * 40)
+    assert path.read_text() == before
+    assert presented(runtime, str(path)) == inspect_certificate(before).sha1
+    # A transaction that was left open would refuse the next one.
+    exchange_certificate(runtime, path, new, inspect_certificate(new).sha1)
+    assert presented(runtime, str(path)) == inspect_certificate(new).sha1
+
+
+def test_without_a_running_haproxy_the_file_is_written(tmp_path: Path) -> None:
+    lab_tls.ensure(tmp_path, "check", "127.0.0.0/8", {"edge": "127.0.0.1"})
+    pem = (tmp_path / "edge.pem").read_text()
+    exchange_certificate(None, tmp_path / "new.pem", pem, "")
+    assert (tmp_path / "new.pem").read_text() == pem
+    assert (tmp_path / "new.pem").stat().st_mode & 0o777 == 0o600
+
+
+def ansible(edge: Edge, arguments: Mapping[str, object], *options: str, module: str = "") -> dict[str, object]:
+    """Outcome of the module haproxy_runtime, or *module*, run by Ansible."""
     sockets = {"socket": str(edge.directory / "admin.sock"), "master_socket": str(edge.directory / "master.sock")}
-    call = json.dumps({**sockets, "map_path": edge.map, **arguments})
+    call = json.dumps(arguments if module else {**sockets, "map_path": edge.map, **arguments})
     command = [str(Path(sys.executable).parent / "ansible"), "localhost", "-i", "localhost,", "-c", "local"]
     environment = os.environ | {
         "ANSIBLE_LOAD_CALLBACK_PLUGINS": "1",
@@ -314,7 +422,7 @@ def ansible(edge: Edge, arguments: Mapping[str, object], *options: str) -> dict[
     }
     environment |= {"ANSIBLE_INVENTORY_ENABLED": "host_list", "ANSIBLE_PYTHON_INTERPRETER": sys.executable}
     done = subprocess.run(
-        [*command, *options, "-m", "haproxy_runtime", "-a", call],
+        [*command, *options, "-m", module or "haproxy_runtime", "-a", call],
         cwd=PROJECT,
         env=environment,
         capture_output=True,

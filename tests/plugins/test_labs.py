@@ -7,12 +7,16 @@ import json
 import os
 import re
 import shutil
+import ssl
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from ansible.module_utils import lab_tls
 from ansible.module_utils.lab_images import KEYRING, debian_sources, recipe
 from ansible.module_utils.lab_inventory import derive
 from ansible.module_utils.labs import (
@@ -290,3 +294,55 @@ def test_secrets_of_a_lab_are_private(production: Path) -> None:
     )
     access = json.loads((directory / "access.json").read_text())
     assert set(access) == {"url", "token", "ca", "hosts", "ssh_key"}
+
+
+def test_a_lab_of_an_environment_with_https_has_its_own_authority(checkout: Path, production: Path) -> None:
+    tls = production.parent / "tls"
+    access = json.loads((production.parent / "access.json").read_text())
+    assert access["url"].startswith("https://") and access["ca"] == str(tls / "ca.pem")
+    assert {path.name: path.stat().st_mode & 0o077 for path in tls.iterdir() if path.name != "ca.pem"} == {
+        "ca.key": 0,
+        "edge1.pem": 0,
+        "edge2.pem": 0,
+    }
+    last = yaml.safe_load((production / "host_vars/edge1/zz-lab.yml").read_text())["haproxy_tls_pem"]
+    assert str(tls / "edge1.pem") in last
+    assert yaml.safe_load((production / "host_vars/app1/zz-lab.yml").read_text())["haproxy_tls_pem"] == ""
+
+
+def handshake(tls: Path, edge: str, name: str) -> str:
+    """Outcome of a handshake in memory between a client that trusts tls/ca.pem and tls/EDGE.pem, asked for as *name*."""
+    server_side = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server_side.load_cert_chain(tls / f"{edge}.pem")
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    context = ssl.create_default_context(cafile=tls / "ca.pem")
+    client = context.wrap_bio(to_client, to_server, server_hostname=name)
+    server = server_side.wrap_bio(to_server, to_client, server_side=True)
+    try:
+        for _ in range(3):
+            for side in (client, server):
+                with suppress(ssl.SSLWantReadError):
+                    side.do_handshake()
+    except ssl.SSLCertVerificationError as error:
+        return error.verify_message
+    return "trusted"
+
+
+def test_the_authority_of_a_lab_vouches_for_its_own_addresses_alone(tmp_path: Path) -> None:
+    assert len(lab_tls.ensure(tmp_path, "one", "10.91.7.0/24", {"a": "10.91.7.11"})) == 2
+    assert lab_tls.ensure(tmp_path, "one", "10.91.7.0/24", {"a": "10.91.7.11"}) == []
+    assert handshake(tmp_path, "a", "10.91.7.11") == "trusted"
+    assert "IP address mismatch" in handshake(tmp_path, "a", "10.91.7.12")
+    assert lab_tls.ensure(tmp_path, "one", "10.91.7.0/24", {"a": "10.91.7.12"}) == ["certificate for a issued"]
+    # An address outside the lab's network: the authority signs, nobody believes it.
+    lab_tls.ensure(tmp_path, "one", "10.91.7.0/24", {"b": "192.0.2.1"})
+    assert "permitted subtree violation" in handshake(tmp_path, "b", "192.0.2.1")
+    assert len(lab_tls.ensure(tmp_path, "one", "10.91.8.0/24", {"a": "10.91.8.11"})) == 2
+
+
+def test_a_certificate_is_renewed_before_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lab_tls, "EDGE_DAYS", lab_tls.RENEW_DAYS - 1)
+    lab_tls.ensure(tmp_path, "one", "10.91.7.0/24", {"a": "10.91.7.11"})
+    monkeypatch.undo()
+    assert lab_tls.ensure(tmp_path, "one", "10.91.7.0/24", {"a": "10.91.7.11"}) == ["certificate for a issued"]
+    assert lab_tls.ensure(tmp_path, "one", "10.91.7.0/24", {"a": "10.91.7.11"}) == []

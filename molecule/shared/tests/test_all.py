@@ -163,7 +163,7 @@ def test_a_rule_added_by_hand_is_noticed(lab: Lab) -> None:
     assert lab.ssh(host, LIVE_RULESET_IS_EXPECTED).returncode == 0
 
 
-PORTS = [22, 80, 5432, 8101, 8102, 8111, 8112, 8404, 8405, 9100]
+PORTS = [22, 80, 443, 5432, 8101, 8102, 8111, 8112, 8404, 8405, 9100]
 PROBE = """#python
 import json, socket
 from concurrent.futures import ThreadPoolExecutor
@@ -187,7 +187,7 @@ def allowed(lab: Lab, source: str, target: str) -> set[int]:
     if source == "controller":
         ports.add(22)
     if target in lab.group("edge"):
-        ports.add(80)
+        ports |= {80, 443} if lab.ca else {80}
     if target in lab.group("app") and source in lab.group("edge"):
         ports.add(8101)
     if target in lab.group("database") and source in lab.group("app"):
@@ -196,7 +196,7 @@ def allowed(lab: Lab, source: str, target: str) -> set[int]:
 
 
 def test_hosts_answer_only_whom_they_should(lab: Lab) -> None:
-    """Every host tries ten ports of every other one, and so does the controller. Idle slots listen on nothing."""
+    """Every host tries eleven ports of every other one, and so does the controller. Idle slots listen on nothing."""
     for source in ["controller", *lab.hosts]:
         others = {name: address for name, address in lab.hosts.items() if name != source}
         script = PROBE.format(targets=[[address, port] for address in others.values() for port in PORTS])

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import http.client
+import socket
+import ssl
+from urllib.parse import urlsplit
+
+import pytest
 from labtest import Lab, slot_in_service
 
 
@@ -35,3 +41,62 @@ def test_answers_name_their_release_and_request(lab: Lab) -> None:
     assert answer.status == 200
     assert answer.headers["x-atlas-release"]
     assert answer.headers["x-request-id"]
+
+
+@pytest.fixture
+def encrypted(lab: Lab) -> ssl.SSLContext:
+    """What a client of the lab trusts; the checks that want it are for environments with HTTPS."""
+    context = lab.tls
+    assert (context is not None) == lab.url.startswith("https:") == bool(lab.group("database"))
+    return context or ssl.create_default_context()
+
+
+def handshake(lab: Lab, edge: str, context: ssl.SSLContext) -> tuple[str | None, str | None]:
+    """Return version and protocol that the edge agrees to."""
+    with (
+        socket.create_connection((lab.hosts[edge], 443), timeout=5) as plain,
+        context.wrap_socket(plain, server_hostname=lab.hosts[edge]) as connection,
+    ):
+        return connection.version(), connection.selected_alpn_protocol()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # it asks for what is deprecated
+def test_every_edge_speaks_modern_tls_and_http2(lab: Lab, encrypted: ssl.SSLContext) -> None:
+    for edge in lab.group("edge") if lab.ca else []:
+        encrypted.set_alpn_protocols(["h2", "http/1.1"])
+        assert handshake(lab, edge, encrypted) == ("TLSv1.3", "h2")
+        old = ssl.create_default_context(cafile=lab.ca)
+        old.minimum_version = ssl.TLSVersion.MINIMUM_SUPPORTED
+        old.set_ciphers("ALL:@SECLEVEL=0")
+        old.maximum_version = ssl.TLSVersion.TLSv1_1
+        with pytest.raises(ssl.SSLError):
+            handshake(lab, edge, old)
+        with pytest.raises(ssl.SSLCertVerificationError):
+            handshake(lab, edge, ssl.create_default_context())
+
+
+def test_in_clear_there_is_only_the_way_to_the_encrypted_port(lab: Lab, encrypted: ssl.SSLContext) -> None:
+    def ask(method: str, path: str, **headers: str) -> http.client.HTTPResponse:
+        connection = http.client.HTTPConnection(urlsplit(lab.url).hostname or "", 80, timeout=5)
+        connection.request(method, path, headers=headers)
+        return connection.getresponse()
+
+    assert ask("GET", "/healthz").status == 200
+    if lab.ca:
+        answer = ask("POST", "/v1/documents?a=b")
+        assert (answer.status, answer.headers["Location"]) == (308, f"{lab.url}/v1/documents?a=b")
+        assert ask("GET", "/v1/documents", Authorization="Bearer x").status == 403
+
+
+def test_no_log_or_file_that_others_can_read_holds_the_private_key(lab: Lab, encrypted: ssl.SSLContext) -> None:
+    for edge in lab.group("edge") if lab.ca else []:
+        assert lab.ssh(edge, "stat -c '%a %U' /etc/haproxy/tls /etc/haproxy/tls/*").stdout.split() == [
+            "700",
+            "root",
+            "600",
+            "root",
+        ]
+        key = (lab.folder / "tls" / f"{edge}.pem").read_text().split("PRIVATE KEY-----\n")[1].splitlines()[0]
+        assert len(key) == 64
+        assert lab.ssh(edge, f"grep -rl '{key}' /etc /var /tmp /root /home /run --exclude-dir=tls; true").stdout == ""
+        assert lab.ssh(edge, f"journalctl --no-pager | grep -c '{key}' | grep -v grep").stdout.strip() == "0"
