@@ -10,13 +10,16 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from bench import queues, report, service
+from bench import growth, memory, queues, report, search, service
 from bench.stores import Bench, bench, say
 
 PARTS: dict[str, Callable[[Bench], Iterator[report.Row]]] = {
     "service": service.single,
     "batch": service.batch,
     "queues": queues.measure,
+    "search": search.measure,
+    "memory": memory.measure,
+    "growth": growth.measure,
 }
 
 

@@ -14,9 +14,14 @@ from typing import Any
 
 from running import Deployment
 from scratch import Cluster, scratch_cluster
+from sqlalchemy import make_url
 
-from atlas import migrations
+from atlas import admission, migrations
+from atlas.crypto import Keyring
 from atlas.db import Database
+from atlas.documents import Documents
+from atlas.queue import Queue
+from atlas.settings import Settings
 
 # A file system that survives the machine, unlike one in memory: a commit must cost what it costs.
 PARENT = "/var/tmp"
@@ -63,6 +68,11 @@ class Bench:
         yield url
         shutil.rmtree(place)
 
+    def settle(self, url: str) -> None:
+        """Do what the server's own housekeeping does within a minute, so that no part is measured in between."""
+        if url.startswith("postgresql"):
+            self.server().execute("VACUUM ANALYZE", str(make_url(url).database))
+
     @contextmanager
     def deployment(self, store: str, **settings: Any) -> Iterator[Deployment]:
         """A deployment on a fresh store: default settings, but for a queue without a limit to speak of."""
@@ -86,6 +96,18 @@ def role(url: str) -> str | None:
 def opened(url: str) -> Database:
     """The store as the service opens it."""
     return Database.from_url(url, role=role(url))
+
+
+@contextmanager
+def intake(deployment: Deployment) -> Iterator[Documents]:
+    """The documents and the queue of a deployment, used from this process as an admitted worker."""
+    url = deployment.settings["database_url"]
+    keys = (deployment.directory / "credentials/atlas_fernet_keys").read_text().split()
+    database = opened(url)
+    admission.admit(database, 1)
+    settings = Settings(environment="development", database_url=url, queue_limit=10**8)
+    yield Documents(database, Queue(database, "bench", 1), Keyring(keys), settings)
+    database.close()
 
 
 @contextmanager

@@ -153,6 +153,14 @@ def children(pid: int) -> list[int]:
     return [int(child) for line in found for child in line.split()]
 
 
+def proportional_memory(pid: int) -> int:
+    """Kilobytes of a process, shared pages counted by their share; 0 if it has just ended."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    return 0
+
+
 Answer = Callable[[BaseHTTPRequestHandler], None]
 
 

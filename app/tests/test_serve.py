@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 from conftest import wait_for
-from running import TOKEN, Deployment, children, free_port
+from running import TOKEN, Deployment, children, free_port, proportional_memory
 
 DOCUMENT = {"content": "Hello from a test.", "content_type": "text/plain"}
 
@@ -240,7 +240,7 @@ def test_four_idle_services_stay_within_their_memory(tmp_path: Path) -> None:
         wait_for(lambda: "job finished" in _logs(deployment), 20, "the probe has come through")
         family = pids + [child for pid in pids for child in children(pid)]
         assert len(family) == 6, "the API's worker and the extractor's helper are counted"
-        used = {pid: _proportional_memory(pid) for pid in family}
+        used = {pid: proportional_memory(pid) for pid in family}
         print(used)
         assert sum(used.values()) < 350 * 1024, used
     finally:
@@ -249,9 +249,3 @@ def test_four_idle_services_stay_within_their_memory(tmp_path: Path) -> None:
 
 def _logs(deployment: Deployment) -> str:
     return "".join(path.read_text() for path in deployment.directory.glob("core-*.log"))
-
-
-def _proportional_memory(pid: int) -> int:
-    """Kilobytes, shared pages counted by their share."""
-    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
