@@ -18,7 +18,7 @@ from sqlalchemy.exc import DBAPIError
 
 from atlas import admission, migrations, presence
 from atlas.db import Database, rfc3339
-from atlas.schema import deployments, metadata, schema_revisions
+from atlas.schema import deployments, job_events, metadata, schema_revisions
 from atlas.settings import Identity, TokenLimits, TokenSpec
 from atlas.tokens import Tokens
 
@@ -138,7 +138,9 @@ def test_migrate_brings_an_empty_store_to_head_once(empty_url: str) -> None:
     assert migrations.migrate(store) == (None, head)
     assert migrations.migrate(store) == (head, head)
     assert store.revision() == head
-    assert migrations.status(store).as_dict() == {"current": head, "head": head, "known": True, "compatible": True}
+    status = migrations.status(store)
+    assert (status.current, status.head, status.known, status.compatible) == (head, head, True, True)
+    assert status.applied == {entry["revision"]: entry["phase"] for entry in migrations.revisions()}
     store.close()
 
 
@@ -176,6 +178,20 @@ def test_a_contract_revision_waits_to_be_asked(monkeypatch: pytest.MonkeyPatch) 
     assert migrations._target(None, contract=False) == "0002"
     assert migrations._target("0002", contract=False) == "0002"
     assert migrations._target("0002", contract=True) == "0003"
+    listed.append({"revision": "0004", "phase": "expand"})
+    with pytest.raises(migrations.MigrationError, match="0004 waits behind the contract revision 0003"):
+        migrations._target("0002", contract=False)
+    assert migrations._target("0002", contract=True) == "0004"
+
+
+def test_a_release_serves_before_its_contract_revision_and_not_before_its_expand_revision(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = migrations.revisions()
+    monkeypatch.setattr(migrations, "revisions", lambda: [*own, {"revision": "9998", "phase": "contract"}])
+    assert migrations.status(database).compatible
+    monkeypatch.setattr(migrations, "revisions", lambda: [*own, {"revision": "9998", "phase": "expand"}])
+    assert not migrations.status(database).compatible
 
 
 def test_a_failed_migration_changes_nothing(empty_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,6 +204,25 @@ def test_a_failed_migration_changes_nothing(empty_url: str, monkeypatch: pytest.
     with store.read() as connection, pytest.raises(DBAPIError):
         connection.execute(text("SELECT * FROM documents"))
     store.close()
+
+
+def test_outcomes_are_counted_by_deployment(database: Database, clock: Clock) -> None:
+    with database.write() as connection:
+        at = database.now(connection)
+        for deployment, event in ((3, "finished"), (3, "died"), (4, "finished"), (4, "finished")):
+            values = {"job_id": 1, "event": event, "token": 1, "attempt": 1, "owner": "w", "deployment": deployment}
+            connection.execute(insert(job_events).values(**values, at=at))
+    assert admission.outcomes(database) == {3: {"finished": 1, "died": 1}, 4: {"finished": 2}}
+    clock.advance(301)
+    assert admission.outcomes(database) == {}
+
+
+def test_one_deployment_is_admitted_alone(database: Database) -> None:
+    admission.admit(database, 1)
+    admission.admit(database, 2, concurrency=1)
+    assert admission.admit(database, 3, alone=True)
+    assert [entry.id for entry in admission.admissions(database) if entry.admitted] == [3]
+    assert not admission.admit(database, 3, alone=True)
 
 
 def test_admission_is_recorded_and_repeatable(database: Database, clock: Clock) -> None:

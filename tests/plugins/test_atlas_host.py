@@ -273,7 +273,13 @@ def test_the_log_of_a_failed_start_begins_after_the_stop(host: Host, monkeypatch
     deployed(host, 2)
     stopped: list[float] = []
     stop = host.stop
-    monkeypatch.setattr(host, "stop", lambda *a: (stop(*a), stopped.append(time.time())))
+
+    def stopping(slot: str, timeout: float) -> bool:
+        done = stop(slot, timeout)
+        stopped.append(time.time())
+        return done
+
+    monkeypatch.setattr(host, "stop", stopping)
     monkeypatch.setattr(Gate, "fault", lambda *_: ("atlas-api@blue.service", "is shut"))
     with pytest.raises(HostError, match="is shut"):
         atlas_slot.Slot(params(slot="blue", number=2, release="1.0-abc", timeout=0), host, False).started()

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sqlalchemy import delete, literal, select, update
+from sqlalchemy import delete, func, literal, select, update
 
 from atlas import audit
 from atlas.db import Database
-from atlas.schema import deployments, leases
+from atlas.schema import deployments, job_events, leases
+
+RECENT_MS = 300_000
 
 
 @dataclass(frozen=True)
@@ -25,11 +27,13 @@ class Admission:
         return asdict(self)
 
 
-def admit(database: Database, deployment: int, concurrency: int | None = None) -> bool:
-    """Let a deployment claim jobs and lead; whether that changed anything."""
+def admit(database: Database, deployment: int, concurrency: int | None = None, alone: bool = False) -> bool:
+    """Let a deployment claim jobs and lead, and no other if `alone`; whether that changed anything."""
     if concurrency is not None and concurrency < 1:
         raise ValueError("concurrency: must be 1 or more; dismiss the deployment to stop it")
-    return _set(database, deployment, True, concurrency)
+    others = [entry.id for entry in admissions(database) if alone and entry.admitted and entry.id != deployment]
+    # First the new one: there is always somebody to do the work.
+    return any([_set(database, deployment, True, concurrency), *(dismiss(database, other) for other in others)])
 
 
 def dismiss(database: Database, deployment: int) -> bool:
@@ -61,6 +65,19 @@ def admissions(database: Database) -> list[Admission]:
     with database.read() as connection:
         rows = connection.execute(select(deployments).order_by(deployments.c.id.desc()))
         return [Admission(*row) for row in rows]
+
+
+def outcomes(database: Database) -> dict[int, dict[str, int]]:
+    """How the jobs of the last five minutes went: deployment, event, count."""
+    found: dict[int, dict[str, int]] = {}
+    with database.read() as connection:
+        counted = select(job_events.c.deployment, job_events.c.event, func.count())
+        recent = counted.where(job_events.c.at > database.now(connection) - RECENT_MS)
+        for deployment, event, count in connection.execute(
+            recent.group_by(job_events.c.deployment, job_events.c.event)
+        ):
+            found.setdefault(deployment, {})[event] = count
+    return found
 
 
 def may_work(database: Database, deployment: int) -> bool:

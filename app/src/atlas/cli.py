@@ -119,14 +119,15 @@ def db() -> None:
 
 
 @db.command("migrate")
+@click.option("--contract", is_flag=True, help="Make those changes too that older releases cannot live with.")
 @json_option
-def db_migrate(as_json: bool) -> None:
+def db_migrate(contract: bool, as_json: bool) -> None:
     """Bring the schema to this release's head, by changes that older releases can live with."""
     from atlas.migrations import MigrationError, migrate  # noqa: PLC0415
 
     with open_database() as database:
         try:
-            before, after = migrate(database)
+            before, after = migrate(database, contract)
         except MigrationError as error:
             raise click.ClickException(str(error)) from None
     values = {"from": before, "to": after, "changed": before != after}
@@ -217,13 +218,14 @@ def admission() -> None:
 @admission.command("admit")
 @click.argument("deployment", type=click.IntRange(min=0))
 @click.option("--concurrency", type=click.IntRange(min=1), help="How many jobs it may have running at once.")
+@click.option("--alone", is_flag=True, help="Let no other deployment claim jobs.")
 @json_option
-def admission_admit(deployment: int, concurrency: int | None, as_json: bool) -> None:
+def admission_admit(deployment: int, concurrency: int | None, alone: bool, as_json: bool) -> None:
     """Let a deployment claim jobs."""
     from atlas.admission import admit  # noqa: PLC0415
 
     with open_database() as database:
-        changed = admit(database, deployment, concurrency)
+        changed = admit(database, deployment, concurrency, alone)
     report({"id": deployment, "changed": changed}, as_json, f"deployment {deployment} is admitted")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -77,6 +77,7 @@ class Sample:
     leader: str | None
     engine: str
     wal_bytes: int | None
+    outcomes: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
     at: float = field(default_factory=time.time)
 
 
@@ -87,8 +88,8 @@ def take_sample(database: Database, queue: Queue, settings: Settings) -> Sample:
         with contextlib.suppress(FileNotFoundError):
             wal = path.stat().st_size
     admitted = sum(entry.admitted for entry in admission.admissions(database))
-    leader = admission.leader(database, LEASE)
-    return Sample(queue.stats(), presence.roster(database), admitted, leader, database.version(), wal or 0)
+    leader, outcomes = admission.leader(database, LEASE), admission.outcomes(database)
+    return Sample(queue.stats(), presence.roster(database), admitted, leader, database.version(), wal or 0, outcomes)
 
 
 def is_vulnerable(version: str) -> bool:
@@ -127,6 +128,13 @@ class Metrics(Collector):
         for event in sorted({"finished", "failed", "lost", "died", *sample.stats.events}):
             recent.add_metric([event], sample.stats.events.get(event, 0))
         yield recent
+        done = GaugeMetricFamily(
+            "atlas_queue_deployment_events", "The same of each deployment.", labels=["deployment", "event"]
+        )
+        for deployment, events in sample.outcomes.items():
+            for event, count in events.items():
+                done.add_metric([str(deployment), event], count)
+        yield done
         seen = GaugeMetricFamily(
             "atlas_service_heartbeat_age_seconds", "Age of the last heartbeat.", labels=["host", "slot", "service"]
         )

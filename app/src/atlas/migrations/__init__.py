@@ -7,7 +7,7 @@ revisions and their phases are recorded in the store, so that an older release c
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
@@ -31,12 +31,16 @@ class MigrationError(Exception):
 
 @dataclass(frozen=True)
 class SchemaStatus:
-    """`known`: this release has the current revision. `compatible`: this release can serve on it."""
+    """`known`: this release has the current revision. `compatible`: this release can serve on it.
+
+    `applied`: the revisions of the schema, each with its phase.
+    """
 
     current: str | None
     head: str
     known: bool
     compatible: bool
+    applied: dict[str, str] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -78,12 +82,17 @@ def status(database: Database) -> SchemaStatus:
 
 def _status(connection: Connection) -> SchemaStatus:
     own = [revision["revision"] for revision in revisions()]
-    current, applied = None, {}
+    current: str | None = None
+    applied: dict[str, str] = {}
     if inspect(connection).has_table("alembic_version"):
         current = connection.scalar(text("SELECT version_num FROM alembic_version"))
-        applied = dict(connection.execute(select(schema_revisions.c.revision, schema_revisions.c.phase)).all())
+        query = select(schema_revisions.c.revision, schema_revisions.c.phase)
+        applied = {row.revision: row.phase for row in connection.execute(query)}
     newer_contract = any(phase == "contract" for revision, phase in applied.items() if revision not in own)
-    return SchemaStatus(current, own[-1], current in own, own[-1] in applied and not newer_contract)
+    # A release serves before its contract revisions are applied: a later deploy does that.
+    needed = [revision["revision"] for revision in revisions() if revision["phase"] == "expand"]
+    fits = applied.keys() >= set(needed) and not newer_contract
+    return SchemaStatus(current, own[-1], current in own, fits, applied)
 
 
 def migrate(database: Database, contract: bool = False, lock_timeout_ms: int = 5000) -> tuple[str | None, str | None]:
@@ -127,9 +136,14 @@ def _guard(connection: Connection, lock_timeout_ms: int) -> None:
 def _target(current: str | None, contract: bool) -> str | None:
     listed = revisions()
     names = [revision["revision"] for revision in listed]
-    target = current
+    target, waiting = current, None
     for revision in listed[names.index(current) + 1 if current in names else 0 :]:
         if revision["phase"] == "contract" and not contract:
-            break
-        target = revision["revision"]
+            waiting = waiting or revision["revision"]
+        elif waiting:
+            raise MigrationError(
+                f"revision {revision['revision']} waits behind the contract revision {waiting}, which must come first"
+            )
+        else:
+            target = revision["revision"]
     return target
