@@ -24,8 +24,8 @@ from atlas.documents import (
     new_id,
 )
 from atlas.queue import Queue, Result
+from atlas.schema import PRIORITIES, jobs
 from atlas.schema import documents as table
-from atlas.schema import jobs
 from atlas.search import fts5_query
 from atlas.settings import Settings
 from atlas.urls import normalise_url
@@ -130,15 +130,69 @@ def test_concurrent_duplicates_make_one_document_and_one_job(
     assert [created for _, created in answers].count(True) == 3000
 
 
-def test_a_full_queue_refuses_and_keeps_nothing(documents: Documents) -> None:
-    documents.settings = documents.settings.model_copy(update={"queue_limit": 3})
+def test_each_of_many_has_its_own_outcome(documents: Documents) -> None:
+    documents.submit(plain("known"))
+    known, bad, new = documents.submit_many([plain("known"), Submission(url="file:///etc/passwd"), plain("new")])
+    assert isinstance(known, Submitted) and not known.created
+    assert isinstance(bad, InvalidDocument) and "http" in str(bad)
+    assert isinstance(new, Submitted) and new.created
+    assert documents.list().total == 2
+
+
+def test_a_full_queue_refuses_the_least_urgent_first(documents: Documents) -> None:
+    documents.settings = documents.settings.model_copy(update={"queue_limit": 20})
+    documents.submit_many([plain(f"{n}") for n in range(15)])
+    taken: list[str] = []
+    for priority in ("low", "normal", "high"):
+        outcomes = documents.submit_many([plain(f"{priority} {n}", priority=PRIORITIES[priority]) for n in range(4)])
+        taken += [priority for outcome in outcomes if isinstance(outcome, Submitted)]
+    assert taken == ["low", "normal", "normal", "normal", "high"], "16, 19 and 20 are their limits"
+    with pytest.raises(QueueFull, match="priority high"):
+        documents.submit(plain("more", priority=PRIORITIES["high"]))
+    assert documents.submit(plain("0", priority=PRIORITIES["low"])).created is False, "a known one needs no place"
+    assert documents.list().total == 20
+
+
+def test_the_queue_is_counted_again_when_it_has_been_worked_off(
+    documents: Documents, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    documents.settings = documents.settings.model_copy(update={"queue_limit": 2})
     documents.submit_many([plain("1"), plain("2")])
-    with pytest.raises(QueueFull, match="limit of 3"):
-        documents.submit_many([plain("3"), plain("4")])
-    documents.submit(plain("3"))
     with pytest.raises(QueueFull):
-        documents.submit(plain("4"))
-    assert documents.list().total == 3
+        documents.submit(plain("3"))
+    process(documents)
+    monkeypatch.setattr("atlas.documents.COUNT_SECONDS", 0)
+    documents._count_at = 0
+    assert documents.submit(plain("3")).created
+
+
+def test_threads_share_transactions_and_keep_their_own_outcomes(
+    documents: Documents, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if documents.database.dialect == "postgresql":
+        assert documents.submit(plain("plain transactions")).created
+        return
+    monkeypatch.setattr("atlas.group.PAUSE_SECONDS", 0.05)
+    sizes: list[int] = []
+    insert = documents._insert
+
+    def spy(connection: Any, rows: Any) -> Any:
+        sizes.append(len(rows))
+        if any(row.stored[4] == "poison" for row in rows):
+            raise ArithmeticError("poison")
+        return insert(connection, rows)
+
+    monkeypatch.setattr(documents, "_insert", spy)
+    with ThreadPoolExecutor(20) as pool:
+        futures = [pool.submit(documents.submit, plain("poison" if n == 7 else f"{n}")) for n in range(40)]
+        errors = [future.exception() for future in futures]
+    assert [n for n, error in enumerate(errors) if error] == [7] and isinstance(errors[7], ArithmeticError)
+    answers = [future.result() for n, future in enumerate(futures) if n != 7]
+    assert len({answer.id for answer in answers}) == 39 and all(answer.created for answer in answers)
+    assert max(sizes) > 5 and documents.list().total == 39
+    for n, answer in enumerate(answers):
+        found = documents.work([answer.id])[answer.id]
+        assert found.content == f"{n if n < 7 else n + 1}"
 
 
 @pytest.mark.parametrize(

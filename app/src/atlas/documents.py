@@ -4,26 +4,35 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import secrets
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, bindparam, case, delete, func, or_, select, update
 
 from atlas.crypto import Keyring
 from atlas.db import Database, rfc3339
+from atlas.group import GroupCommit
 from atlas.queue import DAY_MS, NewJob, Queue, Result, clean
 from atlas.schema import PRIORITIES, documents, job_events, jobs
 from atlas.search import find
 from atlas.settings import Settings
 from atlas.urls import normalise_url
 
-DEPTH_CACHE_SECONDS = 0.5
+# The share of the queue's limit that is open to a priority: the least urgent is refused first.
+SHARES = {PRIORITIES["high"]: 1.0, PRIORITIES["normal"]: 0.95, PRIORITIES["low"]: 0.8}
+# The queue is counted as often as this, and in a small part of the time.
+COUNT_SECONDS = 0.5
+COUNT_SHARE = 0.02
+GROUP_ROWS = 1000
 _ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
+_PRIORITY_NAMES = {value: name for name, value in PRIORITIES.items()}
+_PAIRS = [first + second for first in _ALPHABET for second in _ALPHABET]
 
 
 class InvalidDocument(ValueError):
@@ -31,10 +40,10 @@ class InvalidDocument(ValueError):
 
 
 class QueueFull(Exception):
-    """The queue has reached its limit; try again after `retry_after` seconds."""
+    """The queue has reached its limit for a priority; try again after `retry_after` seconds."""
 
-    def __init__(self, limit: int, retry_after: int = 5) -> None:
-        super().__init__(f"the queue holds its limit of {limit} jobs")
+    def __init__(self, limit: int, priority: str, retry_after: int = 5) -> None:
+        super().__init__(f"the queue takes no more jobs of priority {priority}: it holds {limit} or more")
         self.retry_after = retry_after
 
 
@@ -61,6 +70,28 @@ class Submitted:
     job_id: int | None
     status: str
     created: bool
+
+
+Outcome = Submitted | InvalidDocument | QueueFull
+
+_STORED: tuple[str, ...] = ("id", "dedupe_key", "url", "content_type", "source", "title", "tags")
+_STORED = (*_STORED, "sensitive", "sensitive_key", "submitted_by", "created_at")
+
+
+class _Row(NamedTuple):
+    """A submission that is fit to be stored, with the values of the columns _STORED but the last."""
+
+    stored: tuple[Any, ...]
+    priority: int
+    request_id: str | None
+
+    @property
+    def id(self) -> str:
+        return str(self.stored[0])
+
+    @property
+    def dedupe_key(self) -> str:
+        return str(self.stored[1])
 
 
 @dataclass(frozen=True)
@@ -157,89 +188,113 @@ class Documents:
         self.queue = queue
         self.keyring = keyring
         self.settings = settings
-        self._depth = (float("-inf"), 0)
-        self._depth_lock = threading.Lock()
+        self._group = GroupCommit(database, self._write, lambda entries: sum(map(len, entries)) <= GROUP_ROWS)
+        self._depth = 0
+        self._depth_lock, self._count_lock = threading.Lock(), threading.Lock()
+        self._count_at = float("-inf")
 
     def submit(self, submission: Submission) -> Submitted:
-        """Take in one document; see `submit_many`."""
-        return self.submit_many([submission])[0]
+        """Take in one document; see `submit_many`. Raises InvalidDocument or QueueFull."""
+        [outcome] = self.submit_many([submission])
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
 
-    def submit_many(self, submissions: Sequence[Submission]) -> list[Submitted]:
+    def submit_many(self, submissions: Sequence[Submission]) -> list[Outcome]:
         """Take in documents, each with its job, in one transaction that is durable when this returns.
 
-        A document that is already known, or that another submission brings at the same moment, is not taken in
-        again. Raises InvalidDocument or QueueFull, and then takes in none of them.
+        Each has its own outcome: a document that is already known, or that another submission brings at the same
+        moment, is not taken in again; one that is invalid, or has no place in the queue, is refused.
         """
-        rows = [self._row(submission) for submission in submissions]
-        return self._commit(rows, submissions)
+        self._count()
+        return self._group.submit([self._checked(submission) for submission in submissions])
 
-    def _commit(self, rows: Sequence[dict[str, Any]], submissions: Sequence[Submission]) -> list[Submitted]:
-        # The only way in: a writer that groups the submissions of many threads belongs here.
-        with self.database.write() as connection:
-            self._check_depth(connection, len(rows))
-            return self._insert(connection, rows, submissions)
+    def _checked(self, submission: Submission) -> _Row | InvalidDocument:
+        try:
+            return self._row(submission)
+        except InvalidDocument as error:
+            return error
 
-    def _insert(
-        self, connection: Connection, rows: Sequence[dict[str, Any]], submissions: Sequence[Submission]
-    ) -> list[Submitted]:
+    def _write(
+        self, connection: Connection, entries: Sequence[Sequence[_Row | InvalidDocument]]
+    ) -> list[list[Outcome]]:
+        rows = [row for entry in entries for row in entry if isinstance(row, _Row)]
+        outcomes = iter(self._insert(connection, rows) if rows else [])
+        return [[row if isinstance(row, InvalidDocument) else next(outcomes) for row in entry] for entry in entries]
+
+    def _insert(self, connection: Connection, rows: Sequence[_Row]) -> list[Outcome]:
         now = self.database.now(connection)
+        with self._depth_lock:
+            depth, wanted = self._depth, []
+            for row in rows:
+                if depth < self._most(row.priority):
+                    depth += 1
+                    wanted.append((*row.stored, now))
         # In one order everywhere, so that overlapping batches cannot deadlock.
-        ordered = sorted(rows, key=lambda row: str(row["dedupe_key"]))
-        statement = self.database.insert(documents).on_conflict_do_nothing(index_elements=["dedupe_key"])
-        created = set(
-            connection.scalars(statement.returning(documents.c.id), [row | {"created_at": now} for row in ordered])
-        )
+        wanted.sort(key=lambda stored: stored[1])
+        ending = "ON CONFLICT (dedupe_key) DO NOTHING"
+        created = {row[0] for row in self.database.insert_rows(connection, documents, _STORED, wanted, "id", ending)}
         new = [
-            NewJob(document_id=row["id"], priority=submission.priority, request_id=submission.request_id)
-            for row, submission in zip(rows, submissions, strict=True)
-            if row["id"] in created
+            NewJob(document_id=row.id, priority=row.priority, request_id=row.request_id)
+            for row in rows
+            if row.id in created
         ]
         job_ids = {document: job for job, document in self.queue.enqueue_many(connection, new)} if new else {}
-        keys = [row["dedupe_key"] for row in rows if row["id"] not in created]
+        with self._depth_lock:
+            self._depth += len(new)
         known = {}
-        if keys:
-            found = select(documents.c.dedupe_key, documents.c.id, jobs.c.id, STATUS).select_from(_WITH_JOB)
-            for key, document, job, status in connection.execute(found.where(documents.c.dedupe_key.in_(keys))):
+        if len(new) < len(rows):
+            query = select(documents.c.dedupe_key, documents.c.id, jobs.c.id, STATUS).select_from(_WITH_JOB)
+            keys = [row.dedupe_key for row in rows if row.id not in created]
+            for key, document, job, status in connection.execute(query.where(documents.c.dedupe_key.in_(keys))):
                 known[key] = Submitted(document, job, status, False)
         return [
-            Submitted(row["id"], job_ids[row["id"]], "queued", True)
-            if row["id"] in created
-            else known[row["dedupe_key"]]
+            Submitted(row.id, job_ids[row.id], "queued", True)
+            if row.id in created
+            else known.get(row.dedupe_key) or QueueFull(self._most(row.priority), _PRIORITY_NAMES[row.priority])
             for row in rows
         ]
 
-    def _check_depth(self, connection: Connection, adding: int) -> None:
-        # Counted twice a second, not for each submission; what this process adds in between is counted exactly.
-        with self._depth_lock:
-            counted_at, depth = self._depth
-            if time.monotonic() - counted_at > DEPTH_CACHE_SECONDS:
-                counted_at, depth = time.monotonic(), self.queue.depth(connection)
-            if depth + adding > self.settings.queue_limit:
-                self._depth = (counted_at, depth)
-                raise QueueFull(self.settings.queue_limit)
-            self._depth = (counted_at, depth + adding)
+    def _most(self, priority: int) -> int:
+        return math.ceil(self.settings.queue_limit * SHARES[priority])
 
-    def _row(self, submission: Submission) -> dict[str, Any]:
+    def _count(self) -> None:
+        """Count the queue if that is due. What this process adds in between is known; what others do is not."""
+        if time.monotonic() < self._count_at or not self._count_lock.acquire(blocking=False):
+            return
+        try:
+            began = time.monotonic()
+            with self.database.read() as connection:
+                depth = self.queue.depth(connection, self.settings.queue_limit)
+            with self._depth_lock:
+                self._depth = depth
+            seconds = time.monotonic() - began
+            self._count_at = began + max(COUNT_SECONDS, seconds / COUNT_SHARE)
+        finally:
+            self._count_lock.release()
+
+    def _row(self, submission: Submission) -> _Row:
         if (submission.url is None) == (submission.content is None):
             raise InvalidDocument("url: give either url or content")
-        if submission.priority not in PRIORITIES.values():
+        if submission.priority not in _PRIORITY_NAMES:
             raise InvalidDocument(f"priority: must be one of {', '.join(PRIORITIES)}")
         source = None if submission.content is None else clean(submission.content)
         url = None if submission.url is None else _normalised(submission.url)
         kind, identity = ("url", url or "") if source is None else ("content", f"{submission.content_type}\0{source}")
         sensitive = json.dumps(dict(submission.sensitive)) if submission.sensitive else None
-        return {
-            "id": new_id(),
-            "dedupe_key": f"{kind}:{hashlib.sha256(identity.encode()).hexdigest()}",
-            "url": url,
-            "content_type": submission.content_type,
-            "source": source,
-            "title": None if submission.title is None else clean(submission.title),
-            "tags": [clean(tag) for tag in submission.tags],
-            "sensitive": self.keyring.encrypt(sensitive) if sensitive else None,
-            "sensitive_key": self.keyring.fingerprints[0] if sensitive else None,
-            "submitted_by": submission.submitted_by,
-        }
+        stored = (
+            new_id(),
+            f"{kind}:{hashlib.sha256(identity.encode()).hexdigest()}",
+            url,
+            submission.content_type,
+            source,
+            None if submission.title is None else clean(submission.title),
+            [clean(tag) for tag in submission.tags],
+            self.keyring.encrypt(sensitive) if sensitive else None,
+            self.keyring.fingerprints[0] if sensitive else None,
+            submission.submitted_by,
+        )
+        return _Row(stored, submission.priority, submission.request_id)
 
     def work(self, ids: Sequence[str]) -> dict[str, Work]:
         """What is to be processed, by document id. Raises KeyringError if a sensitive field cannot be read."""
@@ -351,7 +406,7 @@ def _position(cursor: str) -> int:
 def new_id() -> str:
     """A new id: 26 characters that sort by time (48 bits of milliseconds, 80 random bits)."""
     value = time.time_ns() // 1_000_000 << 80 | secrets.randbits(80)
-    return "".join(_ALPHABET[value >> shift & 31] for shift in range(125, -1, -5))
+    return "".join([_PAIRS[value >> shift & 1023] for shift in range(120, -1, -10)])
 
 
 def _normalised(url: str) -> str:

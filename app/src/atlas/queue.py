@@ -144,22 +144,16 @@ class Queue:
     def enqueue_many(self, connection: Connection, new: Sequence[NewJob]) -> list[tuple[int, str | None]]:
         """Add jobs in the caller's transaction; (id, document id) of each, in no particular order."""
         now = self.database.now(connection)
+        names = ("kind", "document_id", "payload", "priority", "state", "target", "run_at", "request_id", "created_at")
         rows = [
-            {
-                "kind": job.kind,
-                "document_id": job.document_id,
-                "payload": job.payload,
-                "priority": job.priority,
-                "state": "ready",
-                "target": job.target,
-                "run_at": now + int(job.delay_seconds * 1000),
-                "request_id": job.request_id,
-                "created_at": now,
-            }
+            (job.kind, job.document_id, job.payload, job.priority, "ready", job.target)
+            + (now + int(job.delay_seconds * 1000), job.request_id, now)
             for job in new
         ]
-        added = connection.execute(insert(jobs).returning(jobs.c.id, jobs.c.document_id), rows)
-        return [(row.id, row.document_id) for row in added]
+        return [
+            (job, document)
+            for job, document in self.database.insert_rows(connection, jobs, names, rows, "id, document_id")
+        ]
 
     def claim(self, limit: int = 1) -> list[Job]:
         """Up to `limit` jobs, most urgent first: this deployment's probes, and others' if it is admitted."""
@@ -365,9 +359,10 @@ class Queue:
             ],
         )
 
-    def depth(self, connection: Connection) -> int:
-        """How many jobs are ready."""
-        count: int | None = connection.scalar(select(func.count()).where(jobs.c.state == "ready"))
+    def depth(self, connection: Connection, most: int) -> int:
+        """How many jobs are ready; no more than `most` are counted."""
+        ready = select(jobs.c.id).where(jobs.c.state == "ready").limit(most).subquery()
+        count: int | None = connection.scalar(select(func.count()).select_from(ready))
         return count or 0
 
     def stats(self) -> QueueStats:

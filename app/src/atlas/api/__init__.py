@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import secrets
 import time
+from typing import TYPE_CHECKING
 
 import structlog
 from flask import Flask, Response, g, request
@@ -19,17 +20,30 @@ from atlas.runtime import open_queue
 from atlas.settings import Identity, Settings
 from atlas.tokens import Tokens
 
+if TYPE_CHECKING:
+    from _typeshed.wsgi import WSGIEnvironment
+    from werkzeug.datastructures import Headers
+
 # JSON writes a character of two bytes with six; a body beyond this cannot hold content within the limit.
 BODY_PER_CONTENT = 3
 BODY_EXTRA_BYTES = 65_536
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 QUIET = ("health.healthz", "health.readyz", "metrics.metrics")
 
 log = structlog.get_logger("atlas.api")
 
 
+class Answer(Response):
+    """A response whose headers are already what goes out, so that nothing is worked out twice."""
+
+    def get_wsgi_headers(self, environ: WSGIEnvironment) -> Headers:
+        return super().get_wsgi_headers(environ) if self.status_code in (204, 304) else self.headers
+
+
 def create_app(settings: Settings, identity: Identity) -> Flask:
     """The application of one process. Raises KeyringError if the keyring cannot be used; needs no store to start."""
     app = Flask("atlas.api")
+    app.response_class = Answer
     app.config["MAX_CONTENT_LENGTH"] = settings.content_limit_bytes * BODY_PER_CONTENT + BODY_EXTRA_BYTES
     app.json.sort_keys = False  # type: ignore[attr-defined]
     keyring = Keyring.from_secret(settings.fernet_keys)
@@ -50,34 +64,32 @@ def create_app(settings: Settings, identity: Identity) -> Flask:
         app.register_blueprint(module.blueprint)
     problems.install(app)
 
+    common = [
+        ("X-Atlas-Release", identity.release),
+        ("X-Atlas-Slot", identity.slot),
+        ("X-Content-Type-Options", "nosniff"),
+    ]
+
     @app.before_request
     def begin() -> None:
-        given = request.headers.get("X-Request-Id", "")
-        g.request_id = given if re.fullmatch(r"[A-Za-z0-9._-]{1,64}", given) else secrets.token_hex(8)
-        g.began = time.perf_counter()
+        environ, scope = request.environ, g._get_current_object()
+        scope.began = time.perf_counter()
+        given = environ.get("HTTP_X_REQUEST_ID", "")
+        scope.request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
         clear_contextvars()
-        bind_contextvars(request_id=g.request_id)
-        if request.path.startswith("/v1/") and shared.pulse.known_problems():
+        bind_contextvars(request_id=scope.request_id)
+        if environ["PATH_INFO"].startswith("/v1/") and shared.pulse.known_problems():
             raise problems.unavailable("the store is not ready; nothing was taken in")
 
     @app.after_request
     def end(response: Response) -> Response:
-        seconds = time.perf_counter() - g.began
-        endpoint = request.endpoint or "none"
-        shared.metrics.requests.labels(request.method, endpoint, str(response.status_code)).inc()
-        shared.metrics.seconds.labels(endpoint).observe(seconds)
-        response.headers["X-Atlas-Release"] = identity.release
-        response.headers["X-Atlas-Slot"] = identity.slot
-        response.headers["X-Request-Id"] = g.request_id
-        response.headers["X-Content-Type-Options"] = "nosniff"
+        asked, scope = request._get_current_object(), g._get_current_object()  # type: ignore[attr-defined]
+        seconds = time.perf_counter() - scope.began
+        endpoint, status = asked.endpoint or "none", response.status_code
+        shared.metrics.count(asked.method, endpoint, status, seconds)
+        response.headers.extend([*common, ("X-Request-Id", scope.request_id)])
         write = log.debug if endpoint in QUIET else log.info
-        write(
-            "request",
-            method=request.method,
-            path=request.path,
-            status=response.status_code,
-            milliseconds=round(seconds * 1000, 1),
-        )
+        write("request", method=asked.method, path=asked.path, status=status, milliseconds=round(seconds * 1000, 1))
         return response
 
     return app

@@ -64,7 +64,7 @@ def require(scope: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 
 def _check(scope: str) -> None:
-    kind, _, secret = request.headers.get("Authorization", "").partition(" ")
+    kind, _, secret = request.environ.get("HTTP_AUTHORIZATION", "").partition(" ")
     if kind.lower() != "bearer" or not secret.strip():
         raise Problem(401, "send the header Authorization: Bearer TOKEN", {"WWW-Authenticate": "Bearer"})
     token = state().tokens.authenticate(secret.strip())

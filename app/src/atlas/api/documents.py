@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from flask import Blueprint, Response, g, jsonify, request, url_for
+from flask import Blueprint, Response, g, jsonify, request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from atlas.api.auth import require
@@ -66,7 +66,7 @@ def submit() -> tuple[Response, int]:
         raise
     shared.metrics.submissions.labels("created" if taken.created else "duplicate").inc()
     response = jsonify(id=taken.id, job_id=taken.job_id, status=taken.status)
-    response.headers["Location"] = url_for("documents.show", document_id=taken.id)
+    response.headers["Location"] = f"{blueprint.url_prefix}/{taken.id}"
     return response, 202 if taken.created else 200
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 from flask import Blueprint, Response
@@ -34,6 +35,16 @@ class HttpMetrics:
         self.submissions = Counter(
             "atlas_documents_submitted_total", "Documents submitted.", ["outcome"], registry=self._registry
         )
+
+    @functools.cache  # noqa: B019 - one for each process
+    def _children(self, method: str, endpoint: str, status: int) -> tuple[Counter, Histogram]:
+        return self.requests.labels(method, endpoint, str(status)), self.seconds.labels(endpoint)
+
+    def count(self, method: str, endpoint: str, status: int, seconds: float) -> None:
+        """Count one request."""
+        requests, durations = self._children(method, endpoint, status)
+        requests.inc()
+        durations.observe(seconds)
 
     def render(self) -> bytes:
         if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
