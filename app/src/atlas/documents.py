@@ -209,6 +209,10 @@ class Documents:
         self._count()
         return self._group.submit([self._checked(submission) for submission in submissions])
 
+    def add(self, connection: Connection, submissions: Sequence[Submission]) -> list[Outcome]:
+        """As `submit_many`, in the caller's transaction."""
+        return self._write(connection, [[self._checked(submission) for submission in submissions]])[0]
+
     def _checked(self, submission: Submission) -> _Row | InvalidDocument:
         try:
             return self._row(submission)

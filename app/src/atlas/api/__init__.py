@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 import secrets
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import structlog
 from flask import Flask, Response, g, request
 from structlog.contextvars import bind_contextvars, clear_contextvars
+from werkzeug.routing import IntegerConverter, UnicodeConverter
 
-from atlas.api import audit, documents, health, jobs, metrics, problems, status
+from atlas.api import audit, documents, health, jobs, metrics, openapi, problems, status
 from atlas.api.state import Pulse, State
 from atlas.crypto import Keyring
 from atlas.db import Database
@@ -33,6 +34,21 @@ QUIET = ("health.healthz", "health.readyz", "metrics.metrics")
 log = structlog.get_logger("atlas.api")
 
 
+class Id(IntegerConverter):
+    """A number that both stores can hold; there is nothing at any other."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"max": 2**63 - 1} | kwargs)
+
+
+class Name(UnicodeConverter):
+    """A text that both stores can hold."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.regex = r"[^/\0]+"
+
+
 class Answer(Response):
     """A response whose headers are already what goes out, so that nothing is worked out twice."""
 
@@ -44,6 +60,7 @@ def create_app(settings: Settings, identity: Identity) -> Flask:
     """The application of one process. Raises KeyringError if the keyring cannot be used; needs no store to start."""
     app = Flask("atlas.api")
     app.response_class = Answer
+    app.url_map.converters.update(int=Id, default=Name)
     app.config["MAX_CONTENT_LENGTH"] = settings.content_limit_bytes * BODY_PER_CONTENT + BODY_EXTRA_BYTES
     app.json.sort_keys = False  # type: ignore[attr-defined]
     keyring = Keyring.from_secret(settings.fernet_keys)
@@ -60,7 +77,7 @@ def create_app(settings: Settings, identity: Identity) -> Flask:
         metrics=metrics.HttpMetrics(settings.backup_status_path),
         pulse=Pulse(database, identity),
     )
-    for module in (audit, documents, health, jobs, metrics, status):
+    for module in (audit, documents, health, jobs, metrics, openapi, status):
         app.register_blueprint(module.blueprint)
     problems.install(app)
 

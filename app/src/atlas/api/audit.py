@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import datetime
 from typing import Any
 
 from flask import Blueprint, Response, g, jsonify, request
+from pydantic import BaseModel
 from sqlalchemy import Connection
 
 from atlas.api.auth import require
-from atlas.api.documents import page_arguments
+from atlas.api.openapi import Moment, PageQuery, describe, read_query
 from atlas.api.problems import Problem
 from atlas.api.state import state
 from atlas.audit import FILTERS, record, records, shown
@@ -40,18 +42,50 @@ def note(
     )
 
 
+class AuditOut(BaseModel):
+    """A record of the audit log."""
+
+    id: int
+    at: datetime
+    actor: str
+    action: str
+    object_type: str
+    object_id: str | None
+    address: str | None
+    request_id: str | None
+    detail: dict[str, Any] | None
+
+
+class AuditPage(BaseModel):
+    """Part of the log; `next` is the cursor of the following part."""
+
+    items: list[AuditOut]
+    total: int
+    next: str | None
+
+
+class AuditQuery(PageQuery):
+    """Records that match all that is given."""
+
+    actor: str | None = None
+    action: str | None = None
+    object_type: str | None = None
+    object_id: str | None = None
+    since: Moment | None = None
+    until: Moment | None = None
+
+
 @blueprint.get("")
 @require("operate")
+@describe({200: AuditPage}, query=AuditQuery)
 def index() -> Response:
-    limit, cursor = page_arguments()
-    if cursor is not None and not (cursor.isascii() and cursor.isdigit() and len(cursor) < 19):
-        raise Problem(422, "cursor: is not one that a page of this list gave")
-    filters = {name: request.args.get(name) for name in FILTERS}
-    before = None if cursor is None else int(cursor)
-    since, until = moment_argument("since"), moment_argument("until")
-    found, total = records(state().database, filters, limit + 1, before, since, until)
-    following = str(found[limit - 1]["id"]) if len(found) > limit else None
-    return jsonify(items=[shown(entry) for entry in found[:limit]], total=total, next=following)
+    """List who did what, newest first."""
+    query = read_query(AuditQuery)
+    filters = query.model_dump(include=set(FILTERS))
+    before = None if query.cursor is None else int(query.cursor)
+    found, total = records(state().database, filters, query.limit + 1, before, query.since, query.until)
+    following = str(found[query.limit - 1]["id"]) if len(found) > query.limit else None
+    return jsonify(items=[shown(entry) for entry in found[: query.limit]], total=total, next=following)
 
 
 def moment_argument(name: str) -> int | None:

@@ -58,6 +58,7 @@ def require(scope: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
             _check(scope)
             return view(*args, **kwargs)
 
+        guarded.scope = scope  # type: ignore[attr-defined]
         return guarded
 
     return decorate

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Annotated, Any, Literal, Self
 
-from flask import Blueprint, Response, g, jsonify, request
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from flask import Blueprint, Response, g, jsonify
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from atlas.api.auth import require
+from atlas.api.openapi import PageQuery, describe, read_body, read_query
 from atlas.api.problems import Problem
 from atlas.api.state import state
 from atlas.documents import QueueFull, Submission
@@ -15,7 +17,7 @@ from atlas.schema import PRIORITIES
 from atlas.sensitive import Sensitive
 
 blueprint = Blueprint("documents", __name__, url_prefix="/v1/documents")
-LIST_LIMIT = 200
+Status = Literal["queued", "processing", "processed", "dead"]
 
 
 class DocumentIn(BaseModel):
@@ -42,16 +44,78 @@ class DocumentIn(BaseModel):
         return self
 
 
+class SubmittedOut(BaseModel):
+    """What became of a submission: the document and its job (null once retention has removed it)."""
+
+    id: str
+    job_id: int | None
+    status: Status
+
+
+class DocumentOut(BaseModel):
+    """A document. `applied` counts how often its job was finished: anything but 0 or 1 is a fault."""
+
+    id: str
+    job_id: int | None
+    status: Status
+    url: str | None
+    title: str | None
+    content_type: str | None
+    tags: list[str]
+    content_hash: str | None
+    created_at: datetime
+    processed_at: datetime | None
+    applied: int
+    error_class: str | None
+    error: str | None
+    meta: dict[str, Any] | None
+
+
+class WholeDocumentOut(DocumentOut):
+    """A document with its text."""
+
+    text: str | None
+
+
+class FoundOut(DocumentOut):
+    """A document in a list; in a search with its rank (more is better) and a snippet, its matches between `**`."""
+
+    rank: float | None = None
+    snippet: str | None = None
+
+
+class DocumentPage(BaseModel):
+    """Part of a list; `next` is the cursor of the following part."""
+
+    items: list[FoundOut]
+    total: int
+    next: str | None
+
+
+class DocumentQuery(PageQuery):
+    """With `q` a search, best first: all words must match; "a phrase", `or` and -without are understood."""
+
+    q: str | None = None
+
+
 @blueprint.post("")
 @require("ingest")
-def submit() -> tuple[Response, int]:
+@describe({202: SubmittedOut, 200: SubmittedOut}, body=DocumentIn, answer_headers={"Location": "The document."})
+def submit() -> Response:
+    """Take in a document.
+
+    202 means that the document and its job are stored durably; 200 that the document was known before.
+    """
     shared = state()
-    document = parse(request.get_data(), shared.settings.content_limit_bytes)
+    document = read_body(DocumentIn)
+    content, limit = document.content, shared.settings.content_limit_bytes
+    if content is not None and len(content.encode("utf-8", "replace")) > limit:
+        raise Problem(413, f"the content is larger than {limit} bytes")
     try:
         taken = shared.documents.submit(
             Submission(
                 url=document.url,
-                content=document.content,
+                content=content,
                 content_type=document.content_type,
                 title=document.title,
                 tags=document.tags,
@@ -66,44 +130,29 @@ def submit() -> tuple[Response, int]:
         raise
     shared.metrics.submissions.labels("created" if taken.created else "duplicate").inc()
     response = jsonify(id=taken.id, job_id=taken.job_id, status=taken.status)
+    response.status_code = 202 if taken.created else 200
     response.headers["Location"] = f"{blueprint.url_prefix}/{taken.id}"
-    return response, 202 if taken.created else 200
-
-
-def parse(body: bytes, content_limit: int) -> DocumentIn:
-    """The document in a request's body. Raises Problem."""
-    if request.mimetype != "application/json":
-        raise Problem(415, "send the document as application/json")
-    try:
-        document = DocumentIn.model_validate_json(body)
-    except ValidationError as error:
-        found = error.errors(include_url=False, include_input=False, include_context=False)
-        if found[0]["type"] == "json_invalid":
-            raise Problem(400, "the body is not valid JSON") from None
-        errors = [
-            {"field": ".".join(map(str, item["loc"])), "message": item["msg"].removeprefix("Value error, ")}
-            for item in found
-        ]
-        detail = "; ".join(f"{item['field']}: {item['message']}".removeprefix(": ") for item in errors)
-        raise Problem(422, detail, errors=errors) from None
-    if document.content is not None and len(document.content.encode("utf-8", "replace")) > content_limit:
-        raise Problem(413, f"the content is larger than {content_limit} bytes")
-    return document
+    return response
 
 
 @blueprint.get("")
 @require("read")
+@describe({200: DocumentPage}, query=DocumentQuery)
 def index() -> Response:
-    limit, cursor = page_arguments()
-    documents = state().documents
-    query = request.args.get("q")
-    page = documents.list(limit, cursor) if query is None else documents.search(query, limit, cursor)
+    """List documents, newest first, or search them."""
+    query, documents = read_query(DocumentQuery), state().documents
+    if query.q is None:
+        page = documents.list(query.limit, query.cursor)
+    else:
+        page = documents.search(query.q, query.limit, query.cursor)
     return jsonify(items=[_shown(item.as_dict()) for item in page.items], total=page.total, next=page.next)
 
 
 @blueprint.get("/<document_id>")
 @require("read")
+@describe({200: WholeDocumentOut}, problems=(404,))
 def show(document_id: str) -> Response:
+    """Show a document with its text."""
     found = state().documents.get(document_id)
     if found is None:
         raise Problem(404, f"there is no document {document_id}")
@@ -117,7 +166,5 @@ def _shown(document: dict[str, Any]) -> dict[str, Any]:
 
 def page_arguments() -> tuple[int, str | None]:
     """The arguments limit (1 to 200) and cursor of a list. Raises Problem."""
-    value = request.args.get("limit", "50")
-    if not value.isascii() or not value.isdigit() or not 1 <= int(value[:9]) <= LIST_LIMIT:
-        raise Problem(422, f"limit: must be 1 to {LIST_LIMIT}")
-    return int(value), request.args.get("cursor")
+    query = read_query(PageQuery)
+    return query.limit, query.cursor

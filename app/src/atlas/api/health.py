@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from flask import Blueprint, Response, jsonify
+from pydantic import BaseModel, ConfigDict
 from sqlalchemy.exc import SQLAlchemyError
 
 from atlas import admission, backups, presence
+from atlas.api.openapi import describe
 from atlas.api.state import State, state
 from atlas.db import rfc3339
 from atlas.runtime import one_line
@@ -15,13 +17,49 @@ from atlas.runtime import one_line
 blueprint = Blueprint("health", __name__)
 
 
+class AliveOut(BaseModel):
+    """The process answers."""
+
+    status: Literal["alive"]
+
+
+class ReadyOut(BaseModel):
+    """Whether this process should get traffic. A check holds "ok" or what is wrong."""
+
+    model_config = ConfigDict(extra="allow")
+
+    status: Literal["ready", "not ready"]
+    checks: dict[str, str]
+
+
+class HealthOut(BaseModel):
+    """The whole state of this slot as the API sees it."""
+
+    model_config = ConfigDict(extra="allow")
+
+    status: Literal["ok", "degraded"]
+    release: str
+    deployment: int
+    slot: str
+    host: str
+    environment: str
+    checks: dict[str, str]
+    queue: dict[str, Any] | None
+    workers: list[dict[str, Any]]
+    admitted: list[int]
+
+
 @blueprint.get("/healthz")
+@describe({200: AliveOut})
 def healthz() -> Response:
+    """Say that the process answers."""
     return jsonify(status="alive")
 
 
 @blueprint.get("/readyz")
+@describe({200: ReadyOut, 503: ReadyOut})
 def readyz() -> tuple[Response, int]:
+    """Say whether this process should get traffic."""
     shared = state()
     checks = _checks(shared)
     is_ready = all(result == "ok" for result in checks.values())
@@ -30,7 +68,9 @@ def readyz() -> tuple[Response, int]:
 
 
 @blueprint.get("/health")
+@describe({200: HealthOut})
 def health() -> Response:
+    """Show the whole state of this slot as the API sees it."""
     return jsonify(detail(state()))
 
 

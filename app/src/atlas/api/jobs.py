@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from datetime import datetime
+from typing import Any, Literal
 
 import structlog
 from flask import Blueprint, Response, jsonify
+from pydantic import BaseModel
 
 from atlas.api.auth import require
 from atlas.api.documents import page_arguments
+from atlas.api.openapi import PageQuery, describe
 from atlas.api.problems import Problem
 from atlas.api.state import state
 from atlas.db import rfc3339
@@ -30,9 +33,56 @@ def shown(job: dict[str, Any]) -> dict[str, Any]:
     )
 
 
+class EventOut(BaseModel):
+    """Something that happened to a job."""
+
+    event: str
+    at: datetime
+    attempt: int
+    owner: str | None
+    deployment: int | None
+    error_class: str | None
+    error: str | None
+
+
+class JobOut(BaseModel):
+    """A job with its history."""
+
+    id: int
+    kind: str
+    document_id: str | None
+    state: Literal["ready", "running", "done", "dead"]
+    priority: Literal["high", "normal", "low"]
+    attempts: int
+    request_id: str | None
+    error_class: str | None
+    error: str | None
+    run_at: datetime
+    created_at: datetime
+    finished_at: datetime | None
+    events: list[EventOut]
+
+
+class JobPage(BaseModel):
+    """Part of a list; `next` is the cursor of the following part."""
+
+    items: list[JobOut]
+    total: int
+    next: str | None
+
+
+class RequeuedOut(BaseModel):
+    """A job that gets another try."""
+
+    id: int
+    state: Literal["ready"]
+
+
 @blueprint.get("/jobs/<int:job_id>")
 @require("read")
+@describe({200: JobOut}, problems=(404,))
 def show(job_id: int) -> Response:
+    """Show a job with its history."""
     job = state().queue.job(job_id)
     if job is None:
         raise Problem(404, f"there is no job {job_id}")
@@ -41,7 +91,9 @@ def show(job_id: int) -> Response:
 
 @blueprint.get("/dead-letters")
 @require("operate")
+@describe({200: JobPage}, query=PageQuery)
 def dead_letters() -> Response:
+    """List the jobs that failed for good, newest first."""
     limit, cursor = page_arguments()
     if cursor is not None and not (cursor.isascii() and cursor.isdigit() and len(cursor) < 19):
         raise Problem(422, "cursor: is not one that a page of this list gave")
@@ -53,7 +105,9 @@ def dead_letters() -> Response:
 
 @blueprint.post("/dead-letters/<int:job_id>:requeue")
 @require("operate")
+@describe({200: RequeuedOut}, problems=(404,))
 def requeue(job_id: int) -> Response:
+    """Give a dead letter all its attempts again."""
     if not state().queue.requeue([job_id]):
         raise Problem(404, f"there is no dead letter {job_id}")
     log.info("dead letter requeued", job_id=job_id)

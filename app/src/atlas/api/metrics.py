@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.multiprocess import MultiProcessCollector
 
+from atlas.api.openapi import describe
 from atlas.backups import BackupMetrics
 
 blueprint = Blueprint("metrics", __name__)
@@ -56,7 +57,9 @@ class HttpMetrics:
 
 
 @blueprint.get("/metrics")
+@describe({200: "text/plain"})
 def metrics() -> Response:
+    """Expose what this API counts, for Prometheus."""
     from atlas.api.state import state  # noqa: PLC0415 - state needs HttpMetrics
 
     return Response(state().metrics.render(), content_type=CONTENT_TYPE_PLAIN_0_0_4)

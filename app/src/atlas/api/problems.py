@@ -7,6 +7,7 @@ from typing import Any
 
 import structlog
 from flask import Flask, Response, g, jsonify
+from pydantic import BaseModel, ConfigDict
 from sqlalchemy.exc import InterfaceError, OperationalError, TimeoutError
 from werkzeug.exceptions import HTTPException
 
@@ -14,6 +15,18 @@ from atlas.documents import InvalidDocument, QueueFull
 from atlas.runtime import one_line
 
 log = structlog.get_logger("atlas.api")
+
+
+class ProblemOut(BaseModel):
+    """What went wrong. `errors` names the fields, where fields are wrong."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    request_id: str | None
 
 
 class Problem(Exception):
