@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from conftest import Cluster, open_database
 from flask.testing import FlaskClient
 from running import Deployment
@@ -15,6 +16,7 @@ from sqlalchemy.exc import DBAPIError
 from test_api import READ_ONLY, app, client, problem
 
 from atlas import audit, migrations
+from atlas.cli import cli
 from atlas.db import Database
 from atlas.schema import audit as table
 
@@ -111,17 +113,24 @@ def test_retention_is_written_into_the_record(database: Database) -> None:
 
 def test_the_setting_decides_how_long(tmp_path: Path) -> None:
     deployment = Deployment(tmp_path, audit_retention_days=30)
-    deployment.prepare()
+    runner = CliRunner(env=deployment.environment)
+
+    def run(*arguments: str) -> tuple[int, str]:
+        done = runner.invoke(cli, arguments)
+        return done.exit_code, done.output
+
+    run("db", "migrate")
+    run("admission", "admit", "7")
     store = Database.from_url(f"sqlite:///{tmp_path}/atlas.db")
     with store.read() as connection:
         assert set(connection.scalars(select(table.c.keep_days))) == {30}
     store.close()
-    done = deployment.command("audit", "--action", "admitted", "--json")
-    assert [entry["object_id"] for entry in json.loads(done.stdout)] == ["7"]
-    assert "admitted deployment 7" in deployment.command("audit").stdout
-    assert deployment.command("audit", "--since", "2999-01-01T00:00:00Z").stdout == "no record matches\n"
-    wrong = deployment.command("audit", "--since", "yesterday")
-    assert wrong.returncode == 2 and "RFC 3339" in wrong.stderr
+    found = json.loads(run("audit", "--action", "admitted", "--json")[1])
+    assert [entry["object_id"] for entry in found] == ["7"]
+    assert "admitted deployment 7" in run("audit")[1]
+    assert run("audit", "--since", "2999-01-01T00:00:00Z") == (0, "no record matches\n")
+    code, wrong = run("audit", "--since", "yesterday")
+    assert code == 2 and "RFC 3339" in wrong
     deployment.close()
 
 

@@ -15,10 +15,12 @@ import click
 from sqlalchemy import make_url
 
 import atlas
+from atlas.schema import PRIORITIES
 from atlas.settings import SettingsError, load_identity, load_settings
 
 if TYPE_CHECKING:
     from atlas.db import Database
+    from atlas.feeds import Feeds
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -283,3 +285,87 @@ def audit(since: str | None, until: str | None, limit: int, as_json: bool, **fil
         for entry in entries
     ]
     report(entries, as_json, "\n".join(lines) or "no record matches")
+
+
+@cli.group()
+def feeds() -> None:
+    """Subscriptions to RSS and Atom."""
+
+
+@contextmanager
+def open_feeds() -> Iterator[Feeds]:
+    from atlas.crypto import Keyring  # noqa: PLC0415
+    from atlas.documents import Documents  # noqa: PLC0415
+    from atlas.feeds import Feeds  # noqa: PLC0415
+    from atlas.runtime import open_queue  # noqa: PLC0415
+
+    settings = load_settings()
+    with open_database() as database:
+        queue = open_queue(database, "cli", 0, settings)
+        yield Feeds(Documents(database, queue, Keyring.from_secret(settings.fernet_keys), settings))
+
+
+@feeds.command("list")
+@json_option
+def feeds_list(as_json: bool) -> None:
+    """List the feeds with the outcome of the latest poll of each."""
+    with open_feeds() as opened:
+        found, _, _ = opened.list(limit=10_000)
+    lines = [
+        f"{feed['id']} {feed['url']} every {feed['interval_seconds']} s, polled {feed['polled_at'] or 'never'}"
+        + ("" if feed["enabled"] else ", paused")
+        + (f": {feed['error']}" if feed["error"] else "")
+        for feed in found
+    ]
+    report(found, as_json, "\n".join(lines) or "there is no feed")
+
+
+@feeds.command("add")
+@click.argument("url")
+@click.option("--tag", "tags", multiple=True, help="A tag of its documents; may be given several times.")
+@click.option("--priority", type=click.Choice(list(PRIORITIES)), default="normal", show_default=True)
+@click.option("--interval", "interval_seconds", type=click.IntRange(1), help="Seconds between two polls.")
+@json_option
+def feeds_add(url: str, tags: tuple[str, ...], priority: str, interval_seconds: int | None, as_json: bool) -> None:
+    """Subscribe to the feed at URL. One that needs credentials is added through the API."""
+    from atlas.audit import operator, record  # noqa: PLC0415
+    from atlas.documents import InvalidDocument  # noqa: PLC0415
+
+    values: dict[str, Any] = {"tags": tags, "priority": PRIORITIES[priority]}
+    if interval_seconds is not None:
+        values["interval_seconds"] = interval_seconds
+    try:
+        with open_feeds() as opened, opened.database.write() as connection:
+            feed_id, is_new = opened.create(connection, url, operator(), **values)
+            if is_new:
+                record(connection, operator(), "created", "feed", feed_id, detail={"url": url})
+    except InvalidDocument as error:
+        raise click.UsageError(str(error)) from None
+    report(
+        {"id": feed_id, "changed": is_new}, as_json, f"feed {feed_id} " + ("is new" if is_new else "was there already")
+    )
+
+
+@feeds.command("poll")
+@click.argument("feed_id")
+@json_option
+def feeds_poll(feed_id: str, as_json: bool) -> None:
+    """Have a feed polled within seconds."""
+    with open_feeds() as opened, opened.database.write() as connection:
+        if not opened.change(connection, feed_id, {}):
+            raise click.ClickException(f"there is no feed {feed_id}")
+    report({"id": feed_id}, as_json, f"feed {feed_id} is due")
+
+
+@feeds.command("remove")
+@click.argument("feed_id")
+@json_option
+def feeds_remove(feed_id: str, as_json: bool) -> None:
+    """End a subscription; the documents it brought stay."""
+    from atlas.audit import operator, record  # noqa: PLC0415
+
+    with open_feeds() as opened, opened.database.write() as connection:
+        if not opened.remove(connection, feed_id):
+            raise click.ClickException(f"there is no feed {feed_id}")
+        record(connection, operator(), "deleted", "feed", feed_id)
+    report({"id": feed_id}, as_json, f"feed {feed_id} is removed")

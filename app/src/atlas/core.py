@@ -9,17 +9,18 @@ from __future__ import annotations
 import queue as queues
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import structlog
-from sqlalchemy import select
+from sqlalchemy import Connection, select
 from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
 from structlog.contextvars import bound_contextvars
 
 from atlas.crypto import Keyring, KeyringError
 from atlas.documents import Documents, Extracted, Work
 from atlas.extract import ExtractError, Extractor
+from atlas.feeds import Feeds, Polled
 from atlas.fetch import Fetcher, FetchError
 from atlas.queue import Job, Queue, Result
 from atlas.runtime import STOP_SECONDS, Runtime, one_line, open_queue
@@ -46,7 +47,8 @@ class Failure:
 class Processor:
     """Does the work of one job; knows nothing of the queue."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, feeds: Feeds | None = None) -> None:
+        self._feeds = feeds
         self.extractor = Extractor(settings.extract_timeout_seconds, settings.extract_memory_bytes)
         self._fetcher = Fetcher(
             settings.user_agent,
@@ -61,6 +63,8 @@ class Processor:
         try:
             if job.kind == "probe":
                 return self._probe(job)
+            if job.kind == "feed" and self._feeds is not None:
+                return Result(job, self._feed(self._feeds, str((job.payload or {})["feed"])))
             if job.kind != "document":
                 return Failure(job, "unsupported", f"this release knows no job of kind {job.kind!r}")
             # Without a document there is nothing left to do: it was deleted.
@@ -76,6 +80,16 @@ class Processor:
             return self.extractor.extract((work.content or "").encode("utf-8", "replace"), work.content_type, "utf-8")
         page = self._fetcher.fetch(work.url, request_headers(work.sensitive))
         return self.extractor.extract(page.body, page.content_type, page.charset, page.url)
+
+    def _feed(self, feeds: Feeds, feed_id: str) -> Polled | None:
+        work = feeds.work(feed_id)
+        if work is None:
+            return None
+        page = self._fetcher.fetch(work.url, request_headers(work.sensitive), work.etag, work.last_modified)
+        if page.is_unchanged:
+            return Polled(feed_id)
+        found = self.extractor.feed(page.body, page.charset, page.url)
+        return Polled(feed_id, found.title, page.etag, page.last_modified, found.entries)
 
     def _probe(self, job: Job) -> Result | Failure:
         payload = job.payload or {}
@@ -93,7 +107,8 @@ class Core:
         self._documents = documents
         self._settings = settings
         self._wake = wake
-        self.processor = Processor(settings)
+        self._feeds = Feeds(documents)
+        self.processor = Processor(settings, self._feeds)
         self._capacity = max(settings.core_batch, settings.core_concurrency)
         # By id and token: a job that was lost may come back while its first attempt still runs.
         self._held: dict[tuple[int, int], Job] = {}
@@ -207,7 +222,7 @@ class Core:
 
     def _finish(self, results: list[Result]) -> None:
         try:
-            refused = self._queue.finish(results, self._documents.store)
+            refused = self._queue.finish(results, self._store)
         except (OperationalError, InterfaceError):
             raise  # the store is away: keep the results and try again
         except Exception as error:
@@ -222,6 +237,10 @@ class Core:
         for result in results:
             log.info("job lost" if result.job.id in refused else "job finished", **_of(result.job))
             self._forget(result)
+
+    def _store(self, connection: Connection, results: Sequence[Result]) -> None:
+        self._documents.store(connection, results)
+        self._feeds.store(connection, results)
 
     def _forget(self, item: Result | Failure) -> None:
         self._unsaved.remove(item)

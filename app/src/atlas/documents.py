@@ -211,6 +211,7 @@ class Documents:
 
     def add(self, connection: Connection, submissions: Sequence[Submission]) -> list[Outcome]:
         """As `submit_many`, in the caller's transaction."""
+        self._count()
         return self._write(connection, [[self._checked(submission) for submission in submissions]])[0]
 
     def _checked(self, submission: Submission) -> _Row | InvalidDocument:
@@ -283,9 +284,8 @@ class Documents:
         if submission.priority not in _PRIORITY_NAMES:
             raise InvalidDocument(f"priority: must be one of {', '.join(PRIORITIES)}")
         source = None if submission.content is None else clean(submission.content)
-        url = None if submission.url is None else _normalised(submission.url)
+        url = None if submission.url is None else checked_url(submission.url)
         kind, identity = ("url", url or "") if source is None else ("content", f"{submission.content_type}\0{source}")
-        sensitive = json.dumps(dict(submission.sensitive)) if submission.sensitive else None
         stored = (
             new_id(),
             f"{kind}:{hashlib.sha256(identity.encode()).hexdigest()}",
@@ -294,8 +294,7 @@ class Documents:
             source,
             None if submission.title is None else clean(submission.title),
             [clean(tag) for tag in submission.tags],
-            self.keyring.encrypt(sensitive) if sensitive else None,
-            self.keyring.fingerprints[0] if sensitive else None,
+            *self.sealed(submission.sensitive),
             submission.submitted_by,
         )
         return _Row(stored, submission.priority, submission.request_id)
@@ -307,9 +306,16 @@ class Documents:
         with self.database.read() as connection:
             query = select(*columns).where(documents.c.id.in_(ids))
             rows = connection.execute(query).all()
-        return {row.id: Work(**dict(row._mapping) | {"sensitive": self._opened(row.sensitive)}) for row in rows}
+        return {row.id: Work(**dict(row._mapping) | {"sensitive": self.opened(row.sensitive)}) for row in rows}
 
-    def _opened(self, sensitive: str | None) -> dict[str, Any]:
+    def sealed(self, sensitive: Mapping[str, Any] | None) -> tuple[str, str] | tuple[None, None]:
+        """Sensitive fields as they are stored: encrypted, with the fingerprint of the key."""
+        if not sensitive:
+            return None, None
+        return self.keyring.encrypt(json.dumps(dict(sensitive))), self.keyring.fingerprints[0]
+
+    def opened(self, sensitive: str | None) -> dict[str, Any]:
+        """Sensitive fields in clear. Raises KeyringError."""
         return {} if sensitive is None else dict(json.loads(self.keyring.decrypt(sensitive)))
 
     def store(self, connection: Connection, results: Sequence[Result]) -> None:
@@ -413,7 +419,8 @@ def new_id() -> str:
     return "".join([_PAIRS[value >> shift & 1023] for shift in range(120, -1, -10)])
 
 
-def _normalised(url: str) -> str:
+def checked_url(url: str) -> str:
+    """The URL in its one form. Raises InvalidDocument."""
     try:
         return normalise_url(url)
     except ValueError as error:

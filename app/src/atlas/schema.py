@@ -217,7 +217,11 @@ feeds = Table(
     Column("last_modified", Text),
     Column("next_at", BigInteger, nullable=False),
     Column("polled_at", BigInteger),
+    Column("failures", Integer, nullable=False, server_default=text("0")),
     Column("error", Text),
+    # The latest poll, and the keys of the entries that the one before found.
+    Column("job_id", BigInteger),
+    Column("seen", Json),
     Column("created_by", Text),
     Column("created_at", BigInteger, nullable=False),
     sqlite_autoincrement=True,

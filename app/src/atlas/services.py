@@ -1,4 +1,4 @@
-"""atlas-services: retention and housekeeping, done by one leader among all hosts."""
+"""atlas-services: feeds, retention and housekeeping, done by one leader among all hosts."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from atlas import admission
 from atlas.crypto import Keyring
 from atlas.db import Database
 from atlas.documents import Documents
+from atlas.feeds import Feeds
 from atlas.queue import DAY_MS
 from atlas.runtime import Runtime, one_line, open_queue
 from atlas.schema import job_events, workers
@@ -36,6 +37,7 @@ class Housekeeping:
         self._documents = documents
         self._settings = settings
         self._chores: dict[str, tuple[float, Callable[[], bool]]] = {
+            "feeds": (RENEW_SECONDS, Feeds(documents).poll),
             "retention": (3600, self.retention),
             "events": (3600, self.events),
             "workers": (3600, self.workers),

@@ -98,6 +98,9 @@ class Settings(BaseSettings):
     extract_timeout_seconds: float = Field(default=30, gt=0)
     extract_memory_bytes: int = Field(default=512 * 1024 * 1024, ge=64 * 1024 * 1024)
 
+    feed_interval_seconds: int = Field(default=3600, ge=1)
+    feed_interval_min_seconds: int = Field(default=300, ge=1)
+
     job_retention_days: float = Field(default=30, gt=0)
     dead_letter_retention_hours: float = Field(default=168, gt=0)
     audit_retention_days: int = Field(default=365, ge=1)
@@ -150,6 +153,8 @@ class Settings(BaseSettings):
                 problems.append("database_role: must be null on SQLite, which has no roles")
         if self.heartbeat_seconds * 2 > self.lease_seconds:
             problems.append("heartbeat_seconds: must be at most half of lease_seconds, or one missed beat loses a job")
+        if self.feed_interval_seconds < self.feed_interval_min_seconds:
+            problems.append("feed_interval_seconds: must be at least feed_interval_min_seconds")
         if problems:
             raise ValueError("\n".join(problems))
         return self

@@ -20,6 +20,11 @@ blueprint = Blueprint("documents", __name__, url_prefix="/v1/documents")
 Status = Literal["queued", "processing", "processed", "dead"]
 
 
+Title = Annotated[str, Field(max_length=1000)]
+Tags = Annotated[list[Annotated[str, Field(min_length=1, max_length=100)]], Field(max_length=50)]
+Priority = Literal["high", "normal", "low"]
+
+
 class DocumentIn(BaseModel):
     """A document as a client sends it."""
 
@@ -30,9 +35,9 @@ class DocumentIn(BaseModel):
     content_type: (
         Literal["text/html", "text/plain", "text/markdown", "application/rss+xml", "application/atom+xml"] | None
     ) = None
-    title: Annotated[str, Field(max_length=1000)] | None = None
-    tags: Annotated[list[Annotated[str, Field(min_length=1, max_length=100)]], Field(max_length=50)] = []
-    priority: Literal["high", "normal", "low"] = "normal"
+    title: Title | None = None
+    tags: Tags = []
+    priority: Priority = "normal"
     sensitive: Sensitive | None = None
 
     @model_validator(mode="after")
