@@ -19,6 +19,7 @@ from atlas.schema import PRIORITIES
 from atlas.settings import SettingsError, load_identity, load_settings
 
 if TYPE_CHECKING:
+    from atlas.crypto import Keyring
     from atlas.db import Database
     from atlas.feeds import Feeds
 
@@ -369,3 +370,57 @@ def feeds_remove(feed_id: str, as_json: bool) -> None:
             raise click.ClickException(f"there is no feed {feed_id}")
         record(connection, operator(), "deleted", "feed", feed_id)
     report({"id": feed_id}, as_json, f"feed {feed_id} is removed")
+
+
+@cli.group()
+def keys() -> None:
+    """The keys that encrypt sensitive fields. One is added by putting it first into the credential fernet_keys."""
+
+
+@contextmanager
+def open_keyring() -> Iterator[tuple[Database, Keyring]]:
+    from atlas.crypto import Keyring  # noqa: PLC0415
+
+    with open_database() as database:
+        yield database, Keyring.from_secret(load_settings().fernet_keys)
+
+
+@keys.command("status")
+@json_option
+def keys_status(as_json: bool) -> None:
+    """Count what each key has encrypted, newest key first."""
+    from atlas.keys import progress  # noqa: PLC0415
+
+    with open_keyring() as (database, keyring), database.read() as connection:
+        found = progress(connection, keyring)
+    known = keyring.fingerprints
+    notes = {known[0]: " (newest)"} | {key: " (not in the keyring)" for key in found.rows if key not in known}
+    lines = [f"{key}: {count}{notes.get(key, '')}" for key, count in found.rows.items()]
+    report(found.as_dict(), as_json, "\n".join(lines))
+
+
+@keys.command("reencrypt")
+@json_option
+def keys_reencrypt(as_json: bool) -> None:
+    """Encrypt with the newest key what older keys encrypted. Safe to repeat, also after it was killed."""
+    from atlas.keys import reencrypt  # noqa: PLC0415
+
+    with open_keyring() as (database, keyring):
+        done, unreadable = reencrypt(database, keyring)
+    text = f"{done} encrypted anew" + (f", {unreadable} unreadable" if unreadable else "")
+    report({"changed": done, "unreadable": unreadable}, as_json, text)
+    sys.exit(EXIT_FAILED if unreadable else 0)
+
+
+@keys.command("retire-check")
+@json_option
+def keys_retire_check(as_json: bool) -> None:
+    """Say whether all keys but the newest may leave the keyring: exit 1 if something still needs one."""
+    from atlas.keys import progress  # noqa: PLC0415
+
+    with open_keyring() as (database, keyring), database.read() as connection:
+        found = progress(connection, keyring)
+    free = "all keys but the newest may go"
+    text = f"{found.remaining} are not under the newest key: run atlas keys reencrypt" if found.remaining else free
+    report(found.as_dict() | {"retirable": not found.remaining}, as_json, text)
+    sys.exit(EXIT_FAILED if found.remaining else 0)

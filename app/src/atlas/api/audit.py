@@ -12,10 +12,8 @@ from sqlalchemy import Connection
 
 from atlas.api.auth import require
 from atlas.api.openapi import Moment, PageQuery, describe, read_query
-from atlas.api.problems import Problem
 from atlas.api.state import state
 from atlas.audit import FILTERS, record, records, shown
-from atlas.db import milliseconds
 
 blueprint = Blueprint("audit", __name__, url_prefix="/v1/audit")
 
@@ -86,12 +84,3 @@ def index() -> Response:
     found, total = records(state().database, filters, query.limit + 1, before, query.since, query.until)
     following = str(found[query.limit - 1]["id"]) if len(found) > query.limit else None
     return jsonify(items=[shown(entry) for entry in found[: query.limit]], total=total, next=following)
-
-
-def moment_argument(name: str) -> int | None:
-    """The moment (ms) that a query argument gives in RFC 3339; None if it is not there. Raises Problem."""
-    value = request.args.get(name)
-    try:
-        return None if value is None else milliseconds(value)
-    except (ValueError, OverflowError):
-        raise Problem(422, f"{name}: must be a moment in RFC 3339, like 2026-01-31T12:00:00Z") from None

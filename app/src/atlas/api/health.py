@@ -12,6 +12,7 @@ from atlas import admission, backups, presence
 from atlas.api.openapi import describe
 from atlas.api.state import State, state
 from atlas.db import rfc3339
+from atlas.keys import progress
 from atlas.runtime import one_line
 
 blueprint = Blueprint("health", __name__)
@@ -118,6 +119,8 @@ def detail(shared: State) -> dict[str, Any]:
             "oldest_ready_seconds": stats.oldest_ready_seconds,
             "recent": dict(stats.events),
         }
+        with shared.database.read() as connection:
+            found["keyring"] |= progress(connection, shared.keyring).as_dict()
         found["workers"] = [_worker(service) for service in presence.roster(shared.database)]
         found["admitted"] = [entry.id for entry in admission.admissions(shared.database) if entry.admitted]
     except (SQLAlchemyError, OSError) as error:
