@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 SUPPORTED_DEBIAN = ("12", "13")
+CERTIFICATE_DAYS = 14
 Facts = Mapping[str, Mapping[str, Any]]
 
 
@@ -294,7 +295,11 @@ def status(facts: Facts, compared: Facts, hosts: Sequence[str], edges: Sequence[
             "traffic_to": active.removeprefix("be_") or None,
             "servers": {name: value for name, value in state["servers"].items() if name.startswith(f"{active}/")},
             "lock": state["lease"] or None,
+            "maintenance": state.get("maintenance"),
+            "certificate_days": (days := state.get("certificate_days")),
             "drift": [
+                *([f"in maintenance: {state['maintenance']}"] if state.get("maintenance") else []),
+                *([f"the certificate ends in {days} days"] if days is not None and days < CERTIFICATE_DAYS else []),
                 *([f"slot.map says {state['file']}"] if state.get("file") != state.get("memory") else []),
                 *(f"{name} gets no traffic" for name in sorted(_out_of_rotation(facts, [edge]))),
             ],
@@ -362,15 +367,17 @@ def table(state: Mapping[str, Any]) -> str:
                 "; ".join(row["drift"]) or "none",
             ]
         )
-    edges = [["EDGE", "TRAFFIC TO", "SERVERS", "LOCK", "DRIFT"]]
+    edges = [["EDGE", "TRAFFIC TO", "SERVERS", "CERTIFICATE", "LOCK", "DRIFT"]]
     for edge, row in state["edge"].items():
         if not row["reachable"]:
-            edges.append([edge, "-", "-", "-", "not reachable"])
+            edges.append([edge, "-", "-", "-", "-", "not reachable"])
             continue
         servers = " ".join(f"{name.split('/')[1]} {value}" for name, value in row["servers"].items())
         lock = row["lock"]
         held = f"{lock['holder']} since {when(lock['since'])}" if lock else "free"
-        edges.append([edge, row["traffic_to"] or "-", servers or "-", held, "; ".join(row["drift"]) or "none"])
+        certificate = "none" if row["certificate_days"] is None else f"{row['certificate_days']} days left"
+        drift = "; ".join(row["drift"]) or "none"
+        edges.append([edge, row["traffic_to"] or "-", servers or "-", certificate, held, drift])
     return "\n".join([*_columns(rows), "", *_columns(edges)])
 
 

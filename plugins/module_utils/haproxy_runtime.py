@@ -241,13 +241,36 @@ class Balancer:
             self._set_state(out, "ready")
         return self._wait(names, lambda s: s.up, deadline, lambda late: _not_ready(seconds, late))
 
+    def map_entries(self, path: str) -> dict[str, str]:
+        """Return what the map *path* in HAProxy's memory holds; raise RuntimeFailure if there is no such map."""
+        answer = self.runtime.ask(f"show map {path}")
+        if answer.startswith("Unknown map"):
+            raise RuntimeFailure(f"HAProxy has no map {path}: its configuration is older; run playbooks/site.yml")
+        # Address, key, value.
+        return entries("\n".join(line.partition(" ")[2] for line in answer.splitlines()))
+
     def map_value(self, path: str, key: str) -> str | None:
         """Return what the map *path* in HAProxy's memory has for *key*."""
-        for line in self.runtime.ask(f"show map {path}").splitlines():
-            fields = line.split(maxsplit=2)
-            if len(fields) == 3 and fields[1] == key:
-                return fields[2]
-        return None
+        return self.map_entries(path).get(key)
+
+    def write_map(self, path: str, content: Mapping[str, str]) -> None:
+        """Make *content* all that the map *path* holds, in its file and, at one stroke, in memory; read both back.
+
+        When HAProxy refuses, the file returns to what it was.
+        """
+        before = Path(path).read_text()
+        text = "".join(f"{key} {value}\n" for key, value in content.items())
+        replace_file(Path(path), text)
+        try:
+            version = self.runtime.ask(f"prepare map {path}").rpartition(": ")[2]
+            if content:
+                self.runtime.order(f"add map @{version} {path} <<\n{text}")
+            self.runtime.order(f"commit map @{version} {path}")
+            if self.map_entries(path) != content:
+                raise RuntimeFailure(f"HAProxy took the order but its map {path} does not have the new content")
+        except RuntimeFailure:
+            replace_file(Path(path), before)
+            raise
 
     def require_up(self, backend: str, count: int) -> None:
         """Raise RuntimeFailure unless *backend* exists and has at least *count* servers UP."""

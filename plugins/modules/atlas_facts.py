@@ -49,11 +49,14 @@ edge:
   returned: always
 """
 
+import calendar
 import os
 import platform
 import pwd
+import re
 import shutil
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +75,8 @@ from ansible.module_utils.basic import AnsibleModule
 
 LEASE = Path("/var/lib/atlas-deploy/lease.json")
 MAP = Path("/etc/haproxy/slot.map")
+MAINTENANCE = "/etc/haproxy/maintenance.map"
+CERTIFICATE = "/etc/haproxy/tls/edge.pem"
 
 
 def debian() -> dict[str, str]:
@@ -118,6 +123,8 @@ def balancer(path: str) -> dict[str, Any]:
         "file": None,
         "memory": None,
         "servers": {},
+        "maintenance": None,
+        "certificate_days": None,
     }
     found["lease"] = read_json(LEASE)
     if not found["installed"]:
@@ -130,6 +137,12 @@ def balancer(path: str) -> dict[str, Any]:
     try:
         rows = [line.split() for line in ask(path, f"show map {MAP}").splitlines()]
         found["memory"] = next((row[2] for row in rows if len(row) >= 3 and row[1] == "active"), None)
+        rows = [line.split(maxsplit=2) for line in ask(path, f"show map {MAINTENANCE}").splitlines()]
+        found["maintenance"] = next((row[2] for row in rows if len(row) == 3 and row[1] == "reason"), None)
+        ends = re.search(r"^notAfter: (.+) GMT$", ask(path, f"show ssl cert {CERTIFICATE}"), re.MULTILINE)
+        if ends:
+            left = calendar.timegm(time.strptime(ends[1], "%b %d %H:%M:%S %Y")) - time.time()
+            found["certificate_days"] = int(left // 86400)
         header, *lines = ask(path, "show stat").lstrip("# ").splitlines()
         columns = header.split(",")
         for line in lines:

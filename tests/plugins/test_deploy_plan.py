@@ -38,11 +38,11 @@ def app(slot: str | None = "blue", number: int = 4, **other: Any) -> dict[str, A
 
 
 def edge(
-    active: str = "be_blue", lease: dict[str, Any] | None = None, servers: dict[str, str] | None = None
+    active: str = "be_blue", lease: dict[str, Any] | None = None, servers: dict[str, str] | None = None, **other: Any
 ) -> dict[str, Any]:
     """Return the facts of an edge host that is well."""
     balancer = {"installed": True, "file": active, "memory": active, "servers": servers or {}, "lease": lease or {}}
-    return app(slot=None) | {"provisioned": False, "edge": balancer}
+    return app(slot=None) | {"provisioned": False, "edge": balancer | other}
 
 
 def options(**other: Any) -> dict[str, Any]:
@@ -236,6 +236,15 @@ def test_status_names_what_is_not_as_it_should_be() -> None:
     assert "settings or credentials differ from the inventory" in state["app"]["app1"]["drift"]
     assert "answers as release 0.8" in state["app"]["app2"]["drift"]
     assert all("hosts have different deployments" in row["drift"] for row in state["app"].values())
+
+
+def test_status_shows_maintenance_and_a_certificate_that_ends() -> None:
+    facts = fleet(edge1=edge(maintenance="The database moves", certificate_days=13))
+    state = deploy_plan.status(facts, {}, ["app1", "app2"], ["edge1"])
+    assert state["edge"]["edge1"]["drift"] == ["in maintenance: The database moves", "the certificate ends in 13 days"]
+    assert "13 days left" in deploy_plan.table(state)
+    well = deploy_plan.status(fleet(edge1=edge(certificate_days=14)), {}, ["app1", "app2"], ["edge1"])
+    assert well["edge"]["edge1"]["drift"] == []
 
 
 def test_status_of_a_fleet_that_is_well_has_no_drift() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import html
 import http.client
 import json
 import os
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import pytest
 from ansible.module_utils import lab_tls
+from ansible.module_utils.atlas_host import Host
 from ansible.module_utils.haproxy_runtime import (
     Balancer,
     CertificateFailure,
@@ -37,6 +39,9 @@ from ansible.module_utils.haproxy_runtime import (
 )
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from haproxy_maintenance import apply as maintain
+from haproxy_maintenance import wanted
 
 from tests.templates.checks import CODENAMES, Container
 from tests.templates.render import PROJECT, render
@@ -190,6 +195,8 @@ def running(codename: str, directory: Path, haproxy_tls: bool = False) -> Iterat
 
     place("haproxy.cfg.j2", "haproxy.cfg")
     place("503.http.j2", "atlas-503.http")
+    place("maintenance.html.j2", "maintenance.html")
+    (directory / "maintenance.map").touch()
     place("save-state.py.j2", "save-state.py")
     (directory / "slot.map").write_text("active be_blue\n")
     (directory / "server-state").write_text("1\n")
@@ -351,30 +358,38 @@ def issue(edge: Edge) -> str:
 def test_a_new_certificate_is_presented_without_a_reload(encrypted: Edge) -> None:
     path = str(encrypted.directory / "tls/edge.pem")
     worker = encrypted.balancer.runtime.ask("show info").split("Pid: ")[1].split()[0]
-    with connected(encrypted) as established:
-        before = serial(established)
-        new = issue(encrypted)
-        call = {"path": path, "pem": new, "socket": str(encrypted.directory / "admin.sock")}
-        checked = ansible(encrypted, call, "--check", "--diff", module="haproxy_certificate")
-        assert checked["changed"] is True
-        with connected(encrypted) as fresh:
-            assert serial(fresh) == before, "check mode changed something"
-        outcome = ansible(encrypted, call, "--diff", module="haproxy_certificate")
-        assert (outcome["changed"], outcome["loaded"]) == (True, True)
-        key = new.split("PRIVATE KEY-----\n")[1].splitlines()[0]
-        assert key not in json.dumps([checked, outcome])
-        assert Path(path).read_text() == new
-        assert Path(path).stat().st_mode & 0o777 == 0o600
-        with connected(encrypted) as fresh:
-            after = serial(fresh)
-            assert after != before
-        established.sendall(b"GET / HTTP/1.1\r\nHost: edge\r\n\r\n")
-        assert b" 200 " in established.recv(15), "an established connection goes on"
-    assert encrypted.balancer.runtime.ask("show info").split("Pid: ")[1].split()[0] == worker
+    with connected(encrypted) as fresh:
+        before = serial(fresh)
+    new = issue(encrypted)
+    call = {"path": path, "pem": new, "socket": str(encrypted.directory / "admin.sock")}
+    checked = ansible(encrypted, call, "--check", "--diff", module="haproxy_certificate")
+    assert checked["changed"] is True
+    with connected(encrypted) as fresh:
+        assert serial(fresh) == before, "check mode changed something"
+    outcome = ansible(encrypted, call, "--diff", module="haproxy_certificate")
+    assert (outcome["changed"], outcome["loaded"]) == (True, True)
+    key = new.split("PRIVATE KEY-----\n")[1].splitlines()[0]
+    assert key not in json.dumps([checked, outcome])
+    assert Path(path).read_text() == new
+    assert Path(path).stat().st_mode & 0o777 == 0o600
+    with connected(encrypted) as fresh:
+        after = serial(fresh)
+        assert after != before
     assert ansible(encrypted, call, module="haproxy_certificate")["changed"] is False
+    assert encrypted.balancer.runtime.ask("show info").split("Pid: ")[1].split()[0] == worker
     encrypted.reload()
     with connected(encrypted) as fresh:
         assert serial(fresh) == after, "the file and the process agree"
+
+
+def test_connections_outlive_the_certificate_that_they_began_with(encrypted: Edge) -> None:
+    path, new = encrypted.directory / "tls/edge.pem", issue(encrypted)
+    with connected(encrypted) as established:
+        exchange_certificate(encrypted.balancer.runtime, path, new, inspect_certificate(new).sha1)
+        with connected(encrypted) as fresh:
+            assert serial(fresh) != serial(established)
+        established.sendall(b"GET / HTTP/1.1\r\nHost: edge\r\n\r\n")
+        assert b" 200 " in established.recv(15)
 
 
 def test_a_certificate_that_cannot_be_used_changes_nothing(encrypted: Edge, tmp_path: Path) -> None:
@@ -409,6 +424,55 @@ def test_without_a_running_haproxy_the_file_is_written(tmp_path: Path) -> None:
     exchange_certificate(None, tmp_path / "new.pem", pem, "")
     assert (tmp_path / "new.pem").read_text() == pem
     assert (tmp_path / "new.pem").stat().st_mode & 0o777 == 0o600
+
+
+def ask(edge: Edge, path: str, accept: str) -> tuple[int, str, str, str]:
+    """Status, Retry-After, type and body of one request."""
+    connection = http.client.HTTPConnection("127.0.0.1", edge.port, timeout=5)
+    connection.request("POST" if path == "/v1/documents" else "GET", path, headers={"Accept": accept})
+    answer = connection.getresponse()
+    kind = answer.getheader("Content-Type", "").split(";")[0]
+    return answer.status, answer.getheader("Retry-After", ""), kind, answer.read().decode()
+
+
+def test_in_maintenance_users_are_told_and_health_stays_visible(edge: Edge) -> None:
+    reason = '<b>"Moving" & more</b> to 100% \\; ümlaut'
+    on = {"state": "present", "reason": reason, "map_path": str(edge.directory / "maintenance.map")}
+    on["socket"] = str(edge.directory / "admin.sock")
+    off = {**on, "state": "absent"}
+    assert ansible(edge, off, module="haproxy_maintenance")["changed"] is False
+    assert ansible(edge, on, "--check", module="haproxy_maintenance")["changed"] is True
+    assert edge.get() == (200, "blue"), "check mode changed something"
+    edge.balancer.write_map(on["map_path"], wanted({"state": "present", "reason": reason}))
+    for _ in range(2):
+        status, after, kind, body = ask(edge, "/v1/documents", "*/*")
+        assert (status, after, kind) == (503, "60", "application/problem+json")
+        assert json.loads(body)["detail"] == reason
+        status, after, kind, body = ask(edge, "/", "text/html,application/xhtml+xml")
+        assert (status, after, kind) == (503, "60", "text/html")
+        assert "<b>" not in body and html.unescape(body.split("<p>")[1].split("</p>")[0]) == reason
+        assert {ask(edge, path, "*/*")[0] for path in ("/health", "/healthz", "/readyz", "/metrics")} == {200}
+        edge.reload()
+    edge.balancer.write_map(on["map_path"], {})
+    assert edge.get() == (200, "blue")
+    edge.reload()
+    assert edge.get() == (200, "blue")
+
+
+def test_maintenance_is_recorded_once(edge: Edge, tmp_path: Path) -> None:
+    host = Host(state=tmp_path)
+    params = {"map_path": str(edge.directory / "maintenance.map"), "socket": str(edge.directory / "admin.sock")}
+    for state, changed in (("present", True), ("present", False), ("absent", True), ("absent", False)):
+        outcome = maintain({**params, "state": state, "reason": "A  move"}, False, host)
+        assert outcome["changed"] is changed
+        assert edge.get()[0] == (503 if state == "present" else 200)
+    assert [(entry["state"], entry["reason"]) for entry in host.journal()] == [("on", "A move"), ("off", "")]
+    Path(params["map_path"]).write_text("reason left\n")
+    assert maintain({**params, "state": "absent", "reason": ""}, False, host)["changed"] is True, (
+        "file and memory differ"
+    )
+    with pytest.raises(RuntimeFailure, match="no map"):
+        edge.balancer.map_entries(edge.map + "x")
 
 
 def ansible(edge: Edge, arguments: Mapping[str, object], *options: str, module: str = "") -> dict[str, object]:

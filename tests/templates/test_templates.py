@@ -77,15 +77,18 @@ CASES = {
         breaks=("policy drop", "policy refuse"),
     ),
     "haproxy/503.http.j2": Case("/etc/haproxy/errors/atlas-503.http", "true"),
+    # What fills it in is judged with the configuration that names it.
+    "haproxy/maintenance.html.j2": Case("/etc/haproxy/errors/maintenance.html", "true"),
     "haproxy/haproxy.cfg.j2": Case(
         "/etc/haproxy/haproxy.cfg",
         "mkdir -p /run/haproxy /etc/haproxy/tls && echo 1 > /run/haproxy/server-state && echo active be_blue > /etc/haproxy/slot.map"
+        " && touch /etc/haproxy/maintenance.map"
         " && cd /etc/haproxy/tls && openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=edge"
         " -keyout key -out crt 2>/dev/null && cat crt key > edge.pem"
         " && haproxy -c -f /etc/haproxy/haproxy.cfg 2>&1 | tee /tmp/out"
         " && ! grep -E 'WARNING|ALERT' /tmp/out",
         {"haproxy_servers": SERVERS, "haproxy_tls": True, "haproxy_hsts_seconds": 31536000},
-        needs=("haproxy/503.http.j2",),
+        needs=("haproxy/503.http.j2", "haproxy/maintenance.html.j2"),
         breaks=("option redispatch 1", "option redispach 1"),
     ),
     "haproxy/haproxy.service.conf.j2": Case(
