@@ -21,8 +21,9 @@ from atlas.core import Core
 from atlas.crypto import Keyring
 from atlas.db import Database
 from atlas.documents import Documents, Submission
-from atlas.queue import NewJob, Queue
+from atlas.queue import NewJob, Queue, Which
 from atlas.settings import Settings
+from atlas.wake import Ear
 
 PAGE = b"<html><head><title>Served</title></head><body><article><p>The origin speaks.</p></article></body></html>"
 
@@ -51,7 +52,7 @@ class Running:
         )
         self.documents = Documents(database, self.queue, keyring, settings)
         self.woken = threading.Event()
-        self.core = Core(self.queue, self.documents, settings, self.woken.set)
+        self.core = Core(self.queue, self.documents, settings, self.woken.set, Ear(database))
         self.halted = threading.Event()
         self.errors: list[Exception] = []
         self.thread = threading.Thread(target=self._loop)
@@ -129,7 +130,7 @@ def test_failures_keep_their_class_and_die_when_they_must(running: Callable[...,
         core.wait(broken, "dead")
         core.wait(private, "dead")
     assert asked.count("/later") == 2 and asked.count("/broken") == 2
-    classes = {job["document_id"]: job["error_class"] for job in core.queue.dead_letters()}
+    classes = {job["document_id"]: job["error_class"] for job in core.queue.find(Which(state="dead"))[0]}
     assert classes == {broken: "server_error", private: "refused"}
 
 

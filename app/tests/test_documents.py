@@ -23,7 +23,7 @@ from atlas.documents import (
     Submitted,
     new_id,
 )
-from atlas.queue import Queue, Result
+from atlas.queue import Queue, Result, Which
 from atlas.schema import PRIORITIES, jobs
 from atlas.schema import documents as table
 from atlas.search import fts5_query
@@ -77,7 +77,7 @@ def test_a_dead_document_tells_why_and_can_come_back(documents: Documents) -> No
     documents.queue.fail(job, "not_found", "HTTP 404")
     shown = documents.get(submitted.id)
     assert shown is not None and (shown.status, shown.error_class, shown.error) == ("dead", "not_found", "HTTP 404")
-    documents.queue.requeue([job.id])
+    documents.queue.requeue(Which(ids=[job.id]))
     shown = documents.get(submitted.id)
     assert shown is not None and shown.status == "queued"
 

@@ -238,7 +238,8 @@ def test_what_finds_no_place_in_the_queue_is_taken_in_later(
     finish(feeds, queue, feed_id, *entries)
     found = shown(feeds, feed_id)
     assert "no more jobs" in found["error"] and feeds._documents.list().total == 500
-    queue.finish([Result(job) for job in queue.claim(500)])
+    while claimed := queue.claim(500):  # as many at once as one host may be asked for
+        queue.finish([Result(job) for job in claimed])
     clock.advance(61)
     feeds._documents._count_at = 0
     feeds.poll()

@@ -10,10 +10,9 @@ import queue as queues
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import structlog
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection
 from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
 from structlog.contextvars import bound_contextvars
 
@@ -22,26 +21,19 @@ from atlas.documents import Documents, Extracted, Work
 from atlas.extract import ExtractError, Extractor
 from atlas.feeds import Feeds, Polled
 from atlas.fetch import Fetcher, FetchError
-from atlas.queue import Job, Queue, Result
+from atlas.queue import Failure, Job, Queue, Result
 from atlas.runtime import STOP_SECONDS, Runtime, one_line, open_queue
-from atlas.schema import ANYONE, jobs
 from atlas.sensitive import request_headers
 from atlas.settings import Settings
+from atlas.wake import Ear
 
-POLL_SECONDS = (0.02, 0.25)
+# Looks at the queue come soon after one that found work or a ring, and ever later after others. A core that cannot
+# hear the bell looks every half second.
+POLL_SECONDS = (0.02, 5.0)
+DEAF_SECONDS = 0.5
 EXTRACTOR_IDLE_SECONDS = 30.0
 
 log = structlog.get_logger("atlas.core")
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A job that did not work out."""
-
-    job: Job
-    error_class: str
-    message: str
-    retry_after: float | None = None
 
 
 class Processor:
@@ -69,8 +61,12 @@ class Processor:
                 return Failure(job, "unsupported", f"this release knows no job of kind {job.kind!r}")
             # Without a document there is nothing left to do: it was deleted.
             return Result(job, None if work is None else self._document(work))
-        except (FetchError, ExtractError) as error:
-            return Failure(job, error.error_class, str(error), getattr(error, "retry_after", None))
+        except FetchError as error:
+            return Failure(job, error.error_class, str(error), error.retry_after)
+        except ExtractError as error:
+            # A page that takes too long is no fault of its host.
+            error_class = "parse_error" if error.error_class == "timeout" else error.error_class
+            return Failure(job, error_class, str(error))
         except Exception as error:
             log.exception("a job failed unexpectedly")
             return Failure(job, "internal", f"{type(error).__name__}: {one_line(error)}")
@@ -102,11 +98,14 @@ class Processor:
 class Core:
     """The dispatcher between the queue and `concurrency` worker threads."""
 
-    def __init__(self, queue: Queue, documents: Documents, settings: Settings, wake: Callable[[], None]) -> None:
+    def __init__(
+        self, queue: Queue, documents: Documents, settings: Settings, wake: Callable[[], None], ear: Ear
+    ) -> None:
         self._queue = queue
         self._documents = documents
         self._settings = settings
         self._wake = wake
+        self._ear = ear
         self._feeds = Feeds(documents)
         self.processor = Processor(settings, self._feeds)
         self._capacity = max(settings.core_batch, settings.core_concurrency)
@@ -132,23 +131,37 @@ class Core:
         return oldest < self._settings.job_timeout_seconds and all(thread.is_alive() for thread in self._threads)
 
     def step(self) -> float:
-        """Save what ended, renew, reap, claim; the seconds until the next step unless a worker ends a job before."""
-        self._save()
-        self._renew()
-        if time.monotonic() - self._reaped_at > self._settings.reaper_seconds:
-            self._reaped_at = time.monotonic()
-            ready, dead = self._queue.reap()
-            if ready or dead:
-                log.warning("jobs were taken from lost workers", ready=ready, dead=dead)
-            self.processor.extractor.rest(EXTRACTOR_IDLE_SECONDS)
-        claimed = self._claim()
-        self._poll = POLL_SECONDS[0] if claimed else min(POLL_SECONDS[1], self._poll * 2)
-        return self._poll
+        """Save what ended, renew, reap, claim; the seconds until the next step unless there is a reason before."""
+        try:
+            self._save()
+            self._renew()
+            if time.monotonic() - self._reaped_at > self._settings.reaper_seconds:
+                self._reaped_at = time.monotonic()
+                ready, dead = self._queue.reap()
+                if ready or dead:
+                    log.warning("jobs were taken from lost workers", ready=ready, dead=dead)
+                self.processor.extractor.rest(EXTRACTOR_IDLE_SECONDS)
+            is_rung = self._ear.heard()
+            due = self._claim()
+        except (SQLAlchemyError, OSError):
+            self._ear.close()
+            raise
+        soonest, latest = POLL_SECONDS
+        self._poll = soonest if is_rung or due is None else min(latest, self._poll * 2)
+        wanted = [self._poll, due or latest, self._settings.reaper_seconds]
+        wanted += [DEAF_SECONDS] if self._ear.fd is None else []
+        wanted += [self._settings.heartbeat_seconds / 2] if self._held else []
+        return min(wanted)
 
-    def _claim(self) -> int:
+    def _claim(self) -> float | None:
+        """Claim if there is anything: None if it gave work, else the seconds until more is due (0: already is)."""
         places = self._capacity - len(self._held)
-        if places * 2 < self._capacity or not self._is_work_waiting():
+        if places * 2 < self._capacity:
             return 0
+        # A read is cheap; a claim takes the store's write lock.
+        due = self._queue.due_in()
+        if due != 0:
+            return due or POLL_SECONDS[1]
         claimed = self._queue.claim(places)
         # Held before anything can fail, so that the leases are renewed and given back.
         self._held.update({_key(job): job for job in claimed})
@@ -156,18 +169,7 @@ class Core:
         for job in claimed:
             if _key(job) in self._held:
                 self._todo.put((job, work.get(job.document_id or "")))
-        return len(claimed)
-
-    def _is_work_waiting(self) -> bool:
-        # A read is cheap; a claim takes the store's write lock.
-        database = self._queue.database
-        with database.read() as connection:
-            query = select(jobs.c.id).where(
-                jobs.c.state == "ready",
-                jobs.c.target.in_([ANYONE, self._queue.deployment]),
-                jobs.c.run_at <= database.clock_expression(),
-            )
-            return connection.scalar(query.limit(1)) is not None
+        return None if claimed else 0
 
     def _read_work(self, claimed: list[Job]) -> dict[str, Work]:
         try:
@@ -213,8 +215,8 @@ class Core:
         results = [item for item in self._unsaved if isinstance(item, Result)]
         if results:
             self._finish(results)
-        for item in [item for item in self._unsaved if isinstance(item, Failure)]:
-            state = self._queue.fail(item.job, item.error_class, item.message, item.retry_after)
+        failures = [item for item in self._unsaved if isinstance(item, Failure)]
+        for item, state in zip(failures, self._queue.fail_many(failures), strict=True):
             log.info(
                 "job failed", **_of(item.job), error_class=item.error_class, error=item.message, state=state or "lost"
             )
@@ -252,6 +254,7 @@ class Core:
         `tick(seconds)` waits, and keeps the watchdog quiet.
         """
         deadline = time.monotonic() + seconds
+        self._ear.close()
         unbegun: list[Job] = []
         while not self._todo.empty():
             item = self._todo.get()
@@ -302,7 +305,7 @@ def run() -> None:
     queue = open_queue(runtime.database, runtime.owner, runtime.identity.deployment, settings)
     documents = Documents(runtime.database, queue, Keyring.from_secret(settings.fernet_keys), settings)
     if runtime.connect():
-        core = Core(queue, documents, settings, runtime.wake)
+        core = Core(queue, documents, settings, runtime.wake, runtime.ear)
         runtime.loop(core.step, core.healthy)
 
         def tick(seconds: float) -> None:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from typing import Any, cast
+from typing import Any
 from urllib.parse import quote
 
 from pysqlite3 import dbapi2 as sqlite
@@ -21,11 +22,14 @@ from sqlalchemy import (
     ColumnElement,
     Connection,
     Engine,
+    Subquery,
     Table,
+    Text,
+    bindparam,
+    cast,
     create_engine,
     event,
     inspect,
-    literal,
     literal_column,
     make_url,
     select,
@@ -33,13 +37,18 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects import postgresql as postgresql_dialect
 from sqlalchemy.dialects import sqlite as sqlite_dialect
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.pool import QueuePool
+from sqlalchemy.sql.functions import FunctionElement
+from sqlalchemy.types import TypeEngine
 
 from atlas.settings import Settings
 
 BUSY_TIMEOUT_MS = 10_000
 INSERT_ROWS = 10_000
+BELL = "atlas_jobs"  # the channel of NOTIFY
+BELL_SECONDS = 0.02
 PG_NOW = "(extract(epoch from statement_timestamp()) * 1000)::bigint"
 
 
@@ -94,8 +103,9 @@ class Database:
 
     def _open(self, url: URL, password: str | None, role: str | None, pool_size: int) -> None:
         self.dialect = url.get_backend_name()
+        self.path = path = url.database or ""
+        self._rung_at = float("-inf")
         if self.dialect == "sqlite":
-            path = url.database or ""
             # One writing connection for each process: its threads queue for it instead of polling SQLite's lock.
             self._writer = _sqlite_engine(path, "rwc", 1)
             self._reader = _sqlite_engine(path, "ro", pool_size)
@@ -123,8 +133,36 @@ class Database:
     @contextmanager
     def write(self) -> Iterator[Connection]:
         """A transaction: committed, durably, at the end of the block; rolled back if it raises."""
-        with self._writer.begin() as connection:
-            yield connection
+        with self._writer.connect() as connection:
+            with connection.begin():
+                yield connection
+            if connection.info.pop(BELL, False):
+                self._ring(connection)
+
+    def dedicated(self) -> Any:
+        """A connection of psycopg that belongs to the caller, in autocommit (PostgreSQL alone)."""
+        proxy = self._writer.raw_connection()
+        connection: Any = proxy.driver_connection
+        proxy.detach()
+        connection.autocommit = True
+        return connection
+
+    def ring(self, connection: Connection) -> None:
+        """Wake the workers of all hosts when the transaction of this connection has committed: see atlas.wake."""
+        connection.info[BELL] = True
+
+    def _ring(self, connection: Connection) -> None:
+        # Whoever wakes looks again for a while, so a ring soon after another can be left out. After the commit and
+        # not within: PostgreSQL lets transactions that notify commit only one after another.
+        if time.monotonic() - self._rung_at < BELL_SECONDS:
+            return
+        self._rung_at = time.monotonic()
+        with suppress(SQLAlchemyError, OSError):
+            if self.dialect == "postgresql":
+                connection.exec_driver_sql(f"NOTIFY {BELL}")
+                connection.commit()
+            else:
+                os.utime(self.path)
 
     def insert(self, table: Table) -> Any:
         """An INSERT that knows ON CONFLICT, in the dialect of this store."""
@@ -154,26 +192,23 @@ class Database:
 
     def clock_expression(self) -> ColumnElement[int]:
         """The current time as an SQL expression; constant within a statement, so that indexes serve it."""
-        if self.clock is not None:
-            return literal(self.clock(), BigInteger)
-        if self.dialect == "postgresql":
+        if self.clock is None and self.dialect == "postgresql":
             return literal_column(PG_NOW, BigInteger)
-        return literal(time.time_ns() // 1_000_000, BigInteger)
+        return bindparam("clock", type_=BigInteger, callable_=self.clock or _milliseconds)
 
     def now(self, connection: Connection) -> int:
         """The time of the database's clock in milliseconds."""
-        if self.clock is not None:
-            return self.clock()
-        if self.dialect == "sqlite":
-            return time.time_ns() // 1_000_000
-        return cast(int, connection.scalar(select(self.clock_expression())))
+        if self.clock is None and self.dialect == "postgresql":
+            return int(connection.scalar(select(self.clock_expression())) or 0)
+        return (self.clock or _milliseconds)()
 
     def revision(self) -> str | None:
         """The schema revision of the store; None if it was never migrated."""
         with self.read() as connection:
             if not inspect(connection).has_table("alembic_version"):
                 return None
-            return cast("str | None", connection.scalar(text("SELECT version_num FROM alembic_version")))
+            found: str | None = connection.scalar(text("SELECT version_num FROM alembic_version"))
+            return found
 
     def version(self) -> str:
         """The version of the database engine."""
@@ -207,6 +242,38 @@ def _run_sqlite(connection: Connection, statement: str, parameters: Sequence[Any
         return list(connection.connection.driver_connection.execute(statement, parameters))  # type: ignore[union-attr]
     except sqlite.Error as error:
         raise DBAPIError.instance(statement, None, error, sqlite.Error, hide_parameters=True) from error
+
+
+class _Each(FunctionElement[str]):
+    name = "json_each"
+    inherit_cache = True
+
+
+@compiles(_Each, "sqlite")
+def _each_sqlite(element: _Each, compiler: Any, **options: Any) -> str:
+    return f"json_each({compiler.process(element.clauses, **options)})"
+
+
+@compiles(_Each, "postgresql")
+def _each_postgresql(element: _Each, compiler: Any, **options: Any) -> str:
+    return f"json_array_elements(CAST({compiler.process(element.clauses, **options)} AS json))"
+
+
+def rows(parameter: str, /, **types: type[TypeEngine[Any]]) -> Subquery:
+    """A table of values, given as one `parameter`: a JSON list of rows, each a list of the columns in order.
+
+    However many the rows, the statement is the same text, which both stores then prepare only once.
+    """
+    value = _Each(bindparam(parameter, type_=Text)).table_valued("value", name=f"{parameter}_json").c.value
+    columns = [
+        cast(value.op("->>")(literal_column(str(position))), kind).label(column)
+        for position, (column, kind) in enumerate(types.items())
+    ]
+    return select(*columns).subquery(parameter)
+
+
+def _milliseconds() -> int:
+    return time.time_ns() // 1_000_000
 
 
 def _sqlite_engine(path: str, mode: str, pool_size: int) -> Engine:

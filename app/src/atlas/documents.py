@@ -13,16 +13,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, bindparam, case, delete, func, or_, select, update
+from sqlalchemy import Connection, bindparam, case, func, or_, select, update
 
 from atlas.crypto import Keyring
 from atlas.db import Database, rfc3339
 from atlas.group import GroupCommit
-from atlas.queue import DAY_MS, NewJob, Queue, Result, clean
+from atlas.queue import DAY_MS, NewJob, Queue, Result, clean, in_state, remove
 from atlas.schema import PRIORITIES, documents, job_events, jobs
 from atlas.search import find
 from atlas.settings import Settings
-from atlas.urls import normalise_url
+from atlas.urls import host_of, normalise_url
 
 # The share of the queue's limit that is open to a priority: the least urgent is refused first.
 SHARES = {PRIORITIES["high"]: 1.0, PRIORITIES["normal"]: 0.95, PRIORITIES["low"]: 0.8}
@@ -92,6 +92,10 @@ class _Row(NamedTuple):
     @property
     def dedupe_key(self) -> str:
         return str(self.stored[1])
+
+    @property
+    def url(self) -> str | None:
+        return None if self.stored[2] is None else str(self.stored[2])
 
 
 @dataclass(frozen=True)
@@ -240,7 +244,7 @@ class Documents:
         ending = "ON CONFLICT (dedupe_key) DO NOTHING"
         created = {row[0] for row in self.database.insert_rows(connection, documents, _STORED, wanted, "id", ending)}
         new = [
-            NewJob(document_id=row.id, priority=row.priority, request_id=row.request_id)
+            NewJob(document_id=row.id, priority=row.priority, request_id=row.request_id, host=host_of(row.url))
             for row in rows
             if row.id in created
         ]
@@ -388,14 +392,11 @@ class Documents:
             dead_before = now - int(self.settings.dead_letter_retention_hours * 3_600_000)
             done_before = now - int(self.settings.job_retention_days * DAY_MS)
             ended = or_(
-                (jobs.c.state == "dead") & (jobs.c.finished_at < dead_before),
-                (jobs.c.state == "done") & (jobs.c.finished_at < done_before),
+                in_state("dead") & (jobs.c.finished_at < dead_before),
+                in_state("done") & (jobs.c.finished_at < done_before),
             )
-            old = connection.execute(select(jobs.c.id, jobs.c.document_id).where(ended).limit(limit)).all()
-            connection.execute(delete(jobs).where(jobs.c.id.in_([row.id for row in old])))
-            unprocessed = documents.c.id.in_([row.document_id for row in old]) & documents.c.processed_at.is_(None)
-            removed = connection.execute(delete(documents).where(unprocessed))
-            return {"jobs": len(old), "documents": removed.rowcount}
+            old = connection.scalars(select(jobs.c.id).where(ended).limit(limit)).all()
+            return {"jobs": len(old), "documents": remove(connection, old)}
 
 
 def _build(rows: Sequence[Any], extra: Mapping[int, Mapping[str, Any]] | None = None) -> list[Document]:

@@ -18,7 +18,7 @@ from atlas.documents import Documents, InvalidDocument, Submission, checked_url,
 from atlas.extract import Entry
 from atlas.queue import NewJob, Result, clean
 from atlas.schema import PRIORITIES, feeds, jobs
-from atlas.urls import normalise_url
+from atlas.urls import host_of, normalise_url
 
 BATCH = 100
 POSTPONED_MS = 60_000
@@ -144,7 +144,7 @@ class Feeds:
                 failures, job_id = feed.failures + (feed.job_state == "dead"), feed.job_id
                 if feed.job_state not in ("ready", "running"):
                     connection.execute(delete(jobs).where(jobs.c.id == job_id))
-                    job = NewJob("feed", payload={"feed": feed.id}, priority=feed.priority)
+                    job = NewJob("feed", payload={"feed": feed.id}, priority=feed.priority, host=host_of(feed.url))
                     job_id = self._documents.queue.enqueue(connection, job)
                 wait = min(feed.interval_seconds * 2**failures, max(feed.interval_seconds, LONGEST_WAIT_SECONDS))
                 values = {"job_id": job_id, "next_at": now + wait * 1000, "failures": min(failures, 30)}

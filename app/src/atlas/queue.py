@@ -2,62 +2,64 @@
 
 A job is `ready`, `running`, `done` or `dead`. A claim raises its fencing token and its attempts; who finishes, fails or
 renews must hold the current token. Whatever dies in between, the reaper makes the job ready again.
+
+A job whose remote host may not be asked now (see breakers) leaves the common queue for the lane of its host, once, and
+is claimed from there when its turn comes: what waits for one host costs the others nothing.
 """
 
 from __future__ import annotations
 
+import json
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sqlalchemy import (
+    BigInteger,
     ColumnElement,
     Connection,
     Row,
+    Text,
     and_,
     bindparam,
     case,
-    exists,
+    delete,
     func,
     insert,
+    literal_column,
     null,
     select,
-    tuple_,
+    union_all,
     update,
 )
+from sqlalchemy.exc import SQLAlchemyError
 
-from atlas.db import Database
-from atlas.schema import ANYONE, PRIORITIES, deployments, job_events, jobs
+from atlas import breakers
+from atlas.db import Database, rfc3339, rows
+from atlas.schema import ANYONE, LANE, PRIORITIES, deployments, documents, hosts, job_events, jobs
+from atlas.settings import RETRIES, Retry
 
 DAY_MS = 86_400_000
-
-
-@dataclass(frozen=True)
-class Retry:
-    """How often a class of error is attempted in all, and the base of its back-off (None: the setting)."""
-
-    attempts: int
-    base_seconds: float | None = None
-
-
-# Classes that are not listed get the settings: five attempts, one second.
-RETRIES: Mapping[str, Retry] = {
-    "timeout": Retry(3, 60),
-    "rate_limited": Retry(5, 300),
-    "server_error": Retry(2, 120),
-    "not_found": Retry(1),
-    "client_error": Retry(1),
-    "parse_error": Retry(1),
-    "too_large": Retry(1),
-    "unsupported": Retry(1),
-    "refused": Retry(1),
-}
+# A claim that meets jobs of blocked hosts looks at so many jobs more, at most so often, and into so many lanes.
+WINDOW = 1000
+ROUNDS = 8
+LANES = 16
+PROBES = 4
+NOBODY = -2
+STATES = ("ready", "running", "done", "dead")
+_PRIORITY_NAMES = {value: name for name, value in PRIORITIES.items()}
+_SHOWN = ("id", "kind", "document_id", "state", "host", "attempts", "request_id", "error_class", "error")
+_SHOWN_EVENT = ("event", "attempt", "owner", "deployment", "error_class", "error")
+Note = Callable[[Connection, Sequence[int]], None]
 
 
 @dataclass(frozen=True)
 class NewJob:
-    """A job to enqueue. `target` names the one deployment that may claim it (a probe)."""
+    """A job to enqueue. `target` names the one deployment that may claim it (a probe).
+
+    `host` is the remote host that it will ask, as host[:port].
+    """
 
     kind: str = "document"
     document_id: str | None = None
@@ -66,6 +68,7 @@ class NewJob:
     target: int = ANYONE
     delay_seconds: float = 0
     request_id: str | None = None
+    host: str | None = None
 
 
 @dataclass(frozen=True)
@@ -84,14 +87,48 @@ class Job:
     created_at: int
     run_at: int
     lease_until: int
+    host: str | None = None
 
 
 @dataclass(frozen=True)
 class Result:
-    """A job that was done, and what it made; `value` goes to the `store` given to `finish`."""
+    """A job that was done, and what it made; `value` goes to the `store` given to `finish`.
+
+    A value of None says that nothing was to be done, and so nothing of the job's host.
+    """
 
     job: Job
     value: Any = None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A job that did not work out. `retry_after` is in seconds, from the server."""
+
+    job: Job
+    error_class: str
+    message: str
+    retry_after: float | None = None
+
+
+@dataclass(frozen=True)
+class Which:
+    """Jobs that match everything that is given. `state` is one of STATES; the times (ms) are those of their end."""
+
+    ids: Sequence[int] | None = None
+    state: str | None = None
+    host: str | None = None
+    error_class: str | None = None
+    since: int | None = None
+    until: int | None = None
+
+    def conditions(self) -> list[ColumnElement[bool]]:
+        given = {name: getattr(self, name) for name in ("host", "error_class")}
+        wanted = [jobs.c[name] == value for name, value in given.items() if value is not None]
+        wanted += [] if self.state is None else [in_state(self.state)]
+        wanted += [] if self.ids is None else [jobs.c.id.in_(self.ids)]
+        wanted += [] if self.since is None else [jobs.c.finished_at >= self.since]
+        return wanted + ([] if self.until is None else [jobs.c.finished_at < self.until])
 
 
 @dataclass(frozen=True)
@@ -106,13 +143,126 @@ class QueueStats:
         return sum(self.depth.get(state, {}).values())
 
 
-_CLAIMED = [jobs.c[name] for name in Job.__dataclass_fields__]
+_ENDED: list[ColumnElement[str]] = [literal_column("'done'"), literal_column("'dead'")]
+
+
+def in_state(state: str) -> ColumnElement[bool]:
+    """The condition for one of STATES."""
+    # Written out: a partial index serves no condition whose value is bound later. SQLite also wants to see its words.
+    ended = (
+        [jobs.c.state.in_([literal_column("'done'"), literal_column("'dead'")])] if state in ("done", "dead") else []
+    )
+    return and_(jobs.c.state == literal_column(f"'{state}'"), *ended)
+
+
+def _common(priority: int) -> ColumnElement[bool]:
+    # One range of the index by run_at, whatever waits for later at another priority.
+    written = (in_state("ready"), jobs.c.target == literal_column(str(ANYONE)))
+    return and_(*written, jobs.c.priority == literal_column(str(priority)))
+
+
+_NOW, _LIMIT, _WINDOW, _OWN, _MOST = (
+    bindparam(name, type_=BigInteger) for name in ("now", "limit", "window", "own", "concurrency")
+)
+_URGENCY = (jobs.c.priority, jobs.c.run_at, jobs.c.id)
+_QUEUED = [jobs.c[name] for name in ("id", "target", "priority", "run_at", "host")]
+_IDS, _NAMES = rows("ids", id=BigInteger), rows("names", name=Text)
+_HELD = rows("held", id=BigInteger, token=BigInteger)
+# What a worker may end or renew: the jobs that it still holds.
+_FENCE = and_(jobs.c.id == _HELD.c.id, jobs.c.token == _HELD.c.token, in_state("running"))
+
+
+def _waiting(where: ColumnElement[bool], limit: Any) -> Any:
+    found = select(*_QUEUED).where(where, jobs.c.run_at <= _NOW).order_by(*_URGENCY).limit(limit)
+    return select(found.with_for_update(skip_locked=True).subquery())
+
+
+_PROBES = and_(in_state("ready"), jobs.c.target == _OWN)
+_CANDIDATES = union_all(
+    _waiting(_PROBES, PROBES), *(_waiting(_common(priority), _WINDOW) for priority in sorted(PRIORITIES.values()))
+).limit(PROBES + _WINDOW)
+_IN_LANE = and_(in_state("ready"), jobs.c.target == literal_column(str(LANE)))
+_LANE = (
+    select(*_QUEUED)
+    .where(_IN_LANE, jobs.c.host == bindparam("host", type_=Text))
+    .order_by(*_URGENCY)
+    .limit(_LIMIT)
+    .with_for_update(skip_locked=True)
+)
+_RUNNING = select(func.count()).where(in_state("running"), jobs.c.host == hosts.c.name).scalar_subquery()
+_HAS_ROOM = and_(hosts.c.waiting, case((hosts.c.state == "closed", _MOST), else_=1) > _RUNNING)
+_LANES = select(hosts.c.name).where(_HAS_ROOM, hosts.c.next_at <= _NOW).order_by(hosts.c.next_at).limit(LANES)
+_LEAVE = (
+    update(hosts)
+    .where(hosts.c.name == _NAMES.c.name, ~select(jobs.c.id).where(_IN_LANE, jobs.c.host == hosts.c.name).exists())
+    .values(waiting=False)
+)
+_COUNT = (
+    select(jobs.c.host, func.count()).where(in_state("running"), jobs.c.host == _NAMES.c.name).group_by(jobs.c.host)
+)
+_CLAIM = (
+    update(jobs)
+    .where(jobs.c.id == _IDS.c.id)
+    .values(
+        state="running",
+        target=case((jobs.c.target == LANE, ANYONE), else_=jobs.c.target),
+        token=jobs.c.token + 1,
+        attempts=jobs.c.attempts + 1,
+        lease_until=bindparam("b_until"),
+        owner=bindparam("b_owner"),
+        deployment=bindparam("b_deployment"),
+    )
+    .returning(*(jobs.c[name] for name in Job.__dataclass_fields__))
+)
+_PARK = update(jobs).where(jobs.c.id == _IDS.c.id).values(target=LANE)
+_RENEW = update(jobs).where(_FENCE).values(lease_until=bindparam("b_until")).returning(jobs.c.id)
+_RELEASE = update(jobs).where(_FENCE).values(state="ready", attempts=jobs.c.attempts - 1, lease_until=None)
+_FINISH = (
+    update(jobs)
+    .where(_FENCE)
+    .values(state="done", finished_at=_NOW, lease_until=None, error_class=None, error=None)
+    .returning(jobs.c.id, jobs.c.token)
+)
+_ENDS = rows(
+    "held", id=BigInteger, token=BigInteger, state=Text, attempts=BigInteger, run_at=BigInteger, kind=Text, error=Text
+)
+_FAIL = (
+    update(jobs)
+    .where(jobs.c.id == _ENDS.c.id, jobs.c.token == _ENDS.c.token, in_state("running"))
+    .values(
+        state=_ENDS.c.state,
+        attempts=_ENDS.c.attempts,
+        run_at=_ENDS.c.run_at,
+        finished_at=case((_ENDS.c.state == "dead", _NOW)),
+        lease_until=None,
+        error_class=_ENDS.c.kind,
+        error=_ENDS.c.error,
+    )
+    .returning(jobs.c.id, jobs.c.token)
+)
+_RECORD = insert(job_events).from_select(
+    ["job_id", "document_id", "event", "token", "attempt", "owner", "deployment", "error_class", "error", "at"],
+    select(
+        *(jobs.c.id, jobs.c.document_id),
+        case((in_state("dead"), bindparam("if_dead", type_=Text)), else_=bindparam("event", type_=Text)),
+        *(jobs.c.token, jobs.c.attempts, bindparam("owner", type_=Text), bindparam("deployment", type_=BigInteger)),
+        *(jobs.c.error_class, jobs.c.error, _NOW),
+    ).where(jobs.c.id == _IDS.c.id),
+)
+_NEXT_OWN = select(func.min(jobs.c.run_at).label("at")).where(_PROBES)
+_FIRST = union_all(
+    _NEXT_OWN,
+    *(select(func.min(jobs.c.run_at)).where(_common(priority)) for priority in PRIORITIES.values()),
+    select(select(hosts.c.next_at).where(_HAS_ROOM).order_by(hosts.c.next_at).limit(1).scalar_subquery()),
+).subquery()
+_NEXT = select(func.min(_FIRST.c.at))
 
 
 class Queue:
     """The queue as one worker process (`owner`, of `deployment`) sees it.
 
-    Durations are in seconds. `random_delay(upper)` draws the jitter and is replaced in tests.
+    Durations are in seconds. `retries` says how classes of error differ from `attempts` and `retry_base_seconds`.
+    `random_delay(upper)` draws the jitter and is replaced in tests.
     """
 
     def __init__(
@@ -125,6 +275,8 @@ class Queue:
         attempts: int = 5,
         retry_base_seconds: float = 1,
         retry_cap_seconds: float = 300,
+        retries: Mapping[str, Retry] = RETRIES,
+        limits: breakers.Limits | None = None,
         random_delay: Callable[[float], float] = lambda upper: random.uniform(0, upper),  # noqa: S311
     ) -> None:
         self.database = database
@@ -134,7 +286,15 @@ class Queue:
         self.attempts = attempts
         self.retry_base_seconds = retry_base_seconds
         self.retry_cap_seconds = retry_cap_seconds
+        self.retries = retries
+        self.limits = limits or breakers.Limits()
         self._random_delay = random_delay
+        self._own = NOBODY if deployment == ANYONE else deployment
+        this = deployments.c.id == deployment
+        self._standing = select(
+            database.clock_expression(),
+            *(select(deployments.c[name]).where(this).scalar_subquery() for name in ("admitted", "concurrency")),
+        )
 
     def enqueue(self, connection: Connection, job: NewJob) -> int:
         """Add one job in the caller's transaction; its id."""
@@ -144,86 +304,117 @@ class Queue:
     def enqueue_many(self, connection: Connection, new: Sequence[NewJob]) -> list[tuple[int, str | None]]:
         """Add jobs in the caller's transaction; (id, document id) of each, in no particular order."""
         now = self.database.now(connection)
-        names = ("kind", "document_id", "payload", "priority", "state", "target", "run_at", "request_id", "created_at")
-        rows = [
+        names = ("kind", "document_id", "payload", "priority", "state", "target", "run_at", "request_id")
+        values = [
             (job.kind, job.document_id, job.payload, job.priority, "ready", job.target)
-            + (now + int(job.delay_seconds * 1000), job.request_id, now)
+            + (now + int(job.delay_seconds * 1000), job.request_id, job.host, now)
             for job in new
         ]
-        return [
-            (job, document)
-            for job, document in self.database.insert_rows(connection, jobs, names, rows, "id, document_id")
-        ]
+        self.database.ring(connection)
+        added = self.database.insert_rows(connection, jobs, (*names, "host", "created_at"), values, "id, document_id")
+        return [(job_id, document_id) for job_id, document_id in added]
 
     def claim(self, limit: int = 1) -> list[Job]:
         """Up to `limit` jobs, most urgent first: this deployment's probes, and others' if it is admitted."""
-        with self.database.write() as connection:
-            open_places = self._open_places(connection, limit)
-            now = self.database.clock_expression()
-            probes = self._candidates(self.deployment, limit).cte("probes") if self.deployment != ANYONE else None
-            common = self._candidates(ANYONE, open_places).where(self._admitted()).cte("common")
-            wanted = select(common.c.id)
-            chosen = wanted if probes is None else select(probes.c.id).union_all(wanted)
-            claimed = connection.execute(
-                update(jobs)
-                .where(jobs.c.id.in_(chosen))
-                .values(
-                    state="running",
-                    token=jobs.c.token + 1,
-                    attempts=jobs.c.attempts + 1,
-                    lease_until=now + self.lease_ms,
-                    owner=self.owner,
-                    deployment=self.deployment,
-                )
-                .returning(*_CLAIMED)
-            ).all()
-        order = sorted(claimed, key=lambda row: (row.target == ANYONE, row.priority, row.run_at, row.id))
-        return [Job(*row) for row in order]
+        claimed: list[Job] = []
+        window = limit
+        for _ in range(ROUNDS):
+            try:
+                with self.database.write() as connection:
+                    found, goes_on = self._claim(connection, limit - len(claimed), window)
+            except SQLAlchemyError:
+                if not claimed:
+                    raise
+                break
+            claimed += found
+            if not goes_on or len(claimed) >= limit:
+                break
+            window = WINDOW
+        return claimed
 
-    def _candidates(self, target: int, limit: int) -> Any:
-        return (
-            select(jobs.c.id)
-            .where(jobs.c.state == "ready", jobs.c.target == target, jobs.c.run_at <= self.database.clock_expression())
-            .order_by(jobs.c.priority, jobs.c.run_at, jobs.c.id)
-            .limit(limit)
-            .with_for_update(skip_locked=True)
-        )
+    def _claim(self, connection: Connection, limit: int, window: int) -> tuple[list[Job], bool]:
+        """Jobs, and whether another look would find more: this one has met jobs whose host may not be asked."""
+        now, places = self._places(connection, limit)
+        candidates, lanes = self._candidates(connection, now, max(window, places) if places else 0)
+        names = {row.host for row in candidates if row.host} | lanes
+        known, room = self._room(connection, names, now) if names else ({}, {})
+        chosen: list[Row[Any]] = []
+        parked: list[Row[Any]] = []
+        for row in candidates:
+            is_probe = row.target == self._own
+            if len(chosen) == limit or not (places or is_probe):
+                break
+            if row.host and not room[row.host]:
+                parked += [row] if row.target == ANYONE else []
+                continue
+            chosen.append(row)
+            places -= not is_probe
+            if row.host:
+                room[row.host] -= 1
+        values = {"b_until": now + self.lease_ms, "b_owner": self.owner, "b_deployment": self.deployment}
+        taken = connection.execute(_CLAIM, values | {"ids": _listed(chosen)}).all() if chosen else []
+        if parked:
+            connection.execute(_PARK, {"ids": _listed(parked)})
+        asked, blocked = ({row.host for row in some} for some in (chosen, parked))
+        for name, host in list(known.items()):
+            after = replace(host, waiting=host.waiting or name in blocked)
+            known[name] = after.asked(now, self.limits) if name in asked else after
+            if known[name] == host:
+                del known[name]
+        breakers.save(self.database, connection, known.values(), now)
+        if lanes:
+            connection.execute(_LEAVE, {"names": _names(lanes)})
+        order = sorted(taken, key=lambda row: (row.target == ANYONE, *_urgency(row)))
+        return [Job(*row) for row in order], bool(parked)
 
-    def _admitted(self) -> ColumnElement[bool]:
-        return exists().where(deployments.c.id == self.deployment, deployments.c.admitted)
-
-    def _open_places(self, connection: Connection, limit: int) -> int:
+    def _places(self, connection: Connection, limit: int) -> tuple[int, int]:
+        """The time, and how many common jobs this deployment may claim."""
+        now, is_admitted, concurrency = connection.execute(self._standing).one()
+        if not is_admitted or concurrency is None:
+            return now, limit if is_admitted else 0
         # Only a limited deployment is locked, so that its processes count one after another.
-        limited: int | None = connection.scalar(
-            select(deployments.c.concurrency)
-            .where(deployments.c.id == self.deployment, deployments.c.concurrency.is_not(None))
-            .with_for_update()
-        )
-        if limited is None:
-            return limit
-        running: int | None = connection.scalar(
-            select(func.count()).where(jobs.c.state == "running", jobs.c.deployment == self.deployment)
-        )
-        return max(0, min(limit, limited - (running or 0)))
+        connection.execute(select(deployments.c.id).where(deployments.c.id == self.deployment).with_for_update())
+        running = select(func.count()).where(in_state("running"), jobs.c.deployment == self.deployment)
+        return now, max(0, min(limit, concurrency - (connection.scalar(running) or 0)))
 
-    def _held(self, claimed: Iterable[Job]) -> ColumnElement[bool]:
-        """The rows of these jobs that this process still holds: the fence."""
-        pairs = [(job.id, job.token) for job in claimed]
-        return and_(
-            jobs.c.id.in_([pair[0] for pair in pairs]),
-            tuple_(jobs.c.id, jobs.c.token).in_(pairs),
-            jobs.c.state == "running",
-        )
+    def _candidates(self, connection: Connection, now: int, window: int) -> tuple[list[Row[Any]], set[str]]:
+        """Probes, then what is queued for anyone, most urgent first; and the lanes that were looked into."""
+        found = connection.execute(_CANDIDATES, {"now": now, "own": self._own, "window": window}).all()
+        probes = [row for row in found if row.target != ANYONE]
+        queued = [row for row in found if row.target == ANYONE][:window]
+        # Behind a full window there may be jobs that are more urgent than what waits in a lane.
+        last = _urgency(queued[-1]) if 0 < len(queued) == window else None
+        most = self.limits.concurrency
+        lanes = connection.scalars(_LANES, {"now": now, "concurrency": most}).all() if window else []
+        for name in lanes:
+            lane = connection.execute(_LANE, {"host": name, "limit": most})
+            queued += [row for row in lane if last is None or _urgency(row) < last]
+        return probes + sorted(queued, key=_urgency), set(lanes)
+
+    def _room(
+        self, connection: Connection, names: Collection[str], now: int
+    ) -> tuple[dict[str, breakers.Host], dict[str, int]]:
+        """The hosts, locked, and how many more jobs each may have running."""
+        breakers.lock(connection, names)
+        known = breakers.load(connection, names)
+        running: dict[str, int] = dict(connection.execute(_COUNT, {"names": _names(names)}).all())
+        return known, {name: host.room(running.get(name, 0), now, self.limits) for name, host in known.items()}
+
+    def due_in(self) -> float | None:
+        """Seconds until there is something to claim for this process; None if nothing is in sight."""
+        with self.database.read() as connection:
+            now, is_admitted, _ = connection.execute(self._standing).one()
+            values = {"own": self._own, "concurrency": self.limits.concurrency}
+            at = connection.scalar(_NEXT if is_admitted else _NEXT_OWN, values)
+        return None if at is None else max(0, at - now) / 1000
 
     def heartbeat(self, claimed: Sequence[Job]) -> set[int]:
         """Renew the leases; the ids of the jobs that were lost, whose work must stop."""
         if not claimed:
             return set()
         with self.database.write() as connection:
-            until = self.database.clock_expression() + self.lease_ms
-            kept = connection.scalars(
-                update(jobs).where(self._held(claimed)).values(lease_until=until).returning(jobs.c.id)
-            ).all()
+            until = self.database.now(connection) + self.lease_ms
+            kept = connection.scalars(_RENEW, {"held": _held(claimed), "b_until": until}).all()
         return {job.id for job in claimed} - set(kept)
 
     def finish(
@@ -236,134 +427,120 @@ class Queue:
         if not results:
             return set()
         with self.database.write() as connection:
-            rows = connection.execute(
-                update(jobs)
-                .where(self._held([result.job for result in results]))
-                .values(state="done", finished_at=self.database.clock_expression(), lease_until=None)
-                .values(error_class=None, error=None)
-                .returning(*_EVENT)
-            ).all()
-            accepted_ids = {row.id for row in rows}
-            accepted = [result for result in results if result.job.id in accepted_ids]
+            now = self.database.now(connection)
+            kept = connection.execute(_FINISH, {"held": _held(result.job for result in results), "now": now}).all()
+            keys = {(row.id, row.token) for row in kept}
+            accepted = [result for result in results if (result.job.id, result.job.token) in keys]
             if store is not None and accepted:
                 store(connection, accepted)
-            self._record(connection, "finished", rows)
-        return {result.job.id for result in results} - accepted_ids
+            self._record(connection, now, "finished", kept)
+            ended = [
+                (result.job.host, None, 0.0) for result in accepted if result.job.host and result.value is not None
+            ]
+            breakers.observe(self.database, connection, now, self.limits, ended)
+        return {result.job.id for result in results if result not in accepted}
 
     def fail(self, job: Job, error_class: str, message: str, retry_after: float | None = None) -> str | None:
-        """End this attempt with an error: the new state ("ready" or "dead"), or None if the job was lost.
+        """End one attempt with an error: the new state, or None if the job was lost; see `fail_many`."""
+        return self.fail_many([Failure(job, error_class, message, retry_after)])[0]
+
+    def fail_many(self, failures: Sequence[Failure]) -> list[str | None]:
+        """End attempts with errors, in one transaction: for each the new state, "ready" or "dead", or None if lost.
 
         `retry_after` (seconds, from the server) spends no attempt during the job's first day. Otherwise the back-off
         has full jitter: uniform between 0 and min(cap, base x 2^(attempts-1)).
         """
-        retry = RETRIES.get(error_class, Retry(self.attempts))
-        most = min(retry.attempts, self.attempts)
+        if not failures:
+            return []
         with self.database.write() as connection:
             now = self.database.now(connection)
-            spent = job.attempts
-            if retry_after is not None and now - job.created_at < DAY_MS:
-                spent -= 1
-                delay = min(max(retry_after, 0), DAY_MS / 1000)
-            else:
-                base = retry.base_seconds or self.retry_base_seconds
-                delay = self._random_delay(min(self.retry_cap_seconds, base * 2 ** (job.attempts - 1)))
-            dead = spent >= most
-            rows = connection.execute(
-                update(jobs)
-                .where(self._held([job]))
-                .values(
-                    state="dead" if dead else "ready",
-                    attempts=spent,
-                    run_at=now + int(delay * 1000),
-                    finished_at=now if dead else None,
-                    lease_until=None,
-                    error_class=error_class,
-                    error=clean(message)[:2000],
-                )
-                .returning(*_EVENT)
-            ).all()
-            self._record(connection, "died" if dead else "failed", rows)
-        return None if not rows else "dead" if dead else "ready"
+            ends = [self._end(failure, now) for failure in failures]
+            kept = connection.execute(_FAIL, {"held": json.dumps(ends), "now": now}).all()
+            keys = {(row.id, row.token) for row in kept}
+            self._record(connection, now, "failed", kept)
+            ended = [
+                (failure.job.host, failure.error_class, failure.retry_after or 0.0)
+                for failure in failures
+                if failure.job.host and (failure.job.id, failure.job.token) in keys
+            ]
+            breakers.observe(self.database, connection, now, self.limits, ended)
+        return [state if (job_id, token) in keys else None for job_id, token, state, *_ in ends]
+
+    def _end(self, failure: Failure, now: int) -> tuple[int, int, str, int, int, str, str]:
+        """A row of _ENDS."""
+        job, retry = failure.job, self.retries.get(failure.error_class, Retry())
+        spent = job.attempts
+        if failure.retry_after is not None and now - job.created_at < DAY_MS:
+            spent -= 1
+            delay = min(max(failure.retry_after, 0), DAY_MS / 1000)
+        else:
+            base = retry.base_seconds or self.retry_base_seconds
+            delay = self._random_delay(min(self.retry_cap_seconds, base * 2 ** (job.attempts - 1)))
+        state = "dead" if spent >= min(retry.attempts or self.attempts, self.attempts) else "ready"
+        run_at = now + int(delay * 1000)
+        return job.id, job.token, state, spent, run_at, failure.error_class, clean(failure.message)[:2000]
 
     def release(self, claimed: Sequence[Job]) -> None:
         """Give jobs back unworked, for anyone at once; no attempt is spent."""
         if not claimed:
             return
         with self.database.write() as connection:
-            connection.execute(
-                update(jobs)
-                .where(self._held(claimed))
-                .values(state="ready", attempts=jobs.c.attempts - 1, lease_until=None)
-            )
+            connection.execute(_RELEASE, {"held": _held(claimed)})
+            self.database.ring(connection)
 
     def reap(self, limit: int = 1000) -> tuple[int, int]:
         """Take jobs from workers whose lease ran out: how many are ready again, and how many are dead.
 
-        A job whose attempts are used up is dead: it has killed, or outlived, each worker that took it.
+        A job whose attempts are used up is dead: it has killed, or outlived, each worker that took it. Dead is also
+        what has waited for a day for a host whose breaker did not close.
         """
         with self.database.write() as connection:
-            now = self.database.clock_expression()
-            expired = (
-                select(jobs.c.id)
-                .where(jobs.c.state == "running", jobs.c.lease_until < now)
-                .limit(limit)
-                .with_for_update(skip_locked=True)
-                .cte("expired")
-            )
+            now = self.database.now(connection)
+            expired = select(jobs.c.id).where(in_state("running"), jobs.c.lease_until < now)
             used_up = jobs.c.attempts >= self.attempts
-            rows = connection.execute(
-                update(jobs)
-                .where(jobs.c.id.in_(select(expired.c.id)))
-                .values(
-                    state=case((used_up, "dead"), else_="ready"),
-                    finished_at=case((used_up, now), else_=null()),
-                    run_at=now,
-                    lease_until=None,
-                    error_class="lost",
-                    error="the worker stopped answering before its lease ended",
-                )
-                .returning(*_EVENT)
-            ).all()
-            dead = [row for row in rows if row.state == "dead"]
-            self._record(connection, "lost", [row for row in rows if row.state == "ready"])
-            self._record(connection, "died", dead)
-        return len(rows) - len(dead), len(dead)
+            lost = self._take(
+                connection,
+                expired.limit(limit).with_for_update(skip_locked=True),
+                state=case((used_up, "dead"), else_="ready"),
+                finished_at=case((used_up, now), else_=null()),
+                run_at=now,
+                lease_until=None,
+                error_class="lost",
+                error="the worker stopped answering before its lease ended",
+            )
+            hopeless = select(jobs.c.id).join(hosts, hosts.c.name == jobs.c.host)
+            hopeless = hopeless.where(_IN_LANE, jobs.c.priority.in_(PRIORITIES.values()), hosts.c.state != "closed")
+            given_up = self._take(
+                connection,
+                hopeless.where(jobs.c.run_at < now - DAY_MS).limit(limit).with_for_update(of=jobs, skip_locked=True),
+                state="dead",
+                target=ANYONE,
+                finished_at=now,
+                error_class="unreachable",
+                error="the breaker of the host did not close for a day",
+            )
+            self._record(connection, now, "lost", [*lost, *given_up])
+        dead = len(given_up) + sum(row.state == "dead" for row in lost)
+        return len(lost) + len(given_up) - dead, dead
 
-    def _record(self, connection: Connection, event: str, rows: Sequence[Row[Any]]) -> None:
-        if not rows:
-            return
-        at = self.database.clock_expression()
-        connection.execute(
-            insert(job_events).values(
-                job_id=bindparam("b_job"),
-                document_id=bindparam("b_document"),
-                event=event,
-                token=bindparam("b_token"),
-                attempt=bindparam("b_attempt"),
-                owner=self.owner,
-                deployment=self.deployment,
-                error_class=bindparam("b_class"),
-                error=bindparam("b_error"),
-                at=at,
-            ),
-            [
-                {
-                    "b_job": row.id,
-                    "b_document": row.document_id,
-                    "b_token": row.token,
-                    "b_attempt": row.attempts,
-                    "b_class": row.error_class,
-                    "b_error": row.error,
-                }
-                for row in rows
-            ],
-        )
+    def _take(self, connection: Connection, chosen: Any, **values: Any) -> Sequence[Row[Any]]:
+        """Change jobs that nobody holds; their ids and new states."""
+        ids = chosen.cte("chosen")
+        statement = update(jobs).where(jobs.c.id.in_(select(ids.c.id))).values(**values)
+        return connection.execute(statement.returning(jobs.c.id, jobs.c.state)).all()
 
-    def depth(self, connection: Connection, most: int) -> int:
-        """How many jobs are ready; no more than `most` are counted."""
-        ready = select(jobs.c.id).where(jobs.c.state == "ready").limit(most).subquery()
-        count: int | None = connection.scalar(select(func.count()).select_from(ready))
-        return count or 0
+    def _record(
+        self, connection: Connection, now: int, event: str, ended: Sequence[Row[Any]], if_dead: str = "died"
+    ) -> None:
+        """Add an event for each of these jobs, as they are now."""
+        if ended:
+            values = {"owner": self.owner, "deployment": self.deployment, "event": event, "if_dead": if_dead}
+            connection.execute(_RECORD, values | {"ids": _listed(ended), "now": now})
+
+    def depth(self, connection: Connection, most: int | None = None) -> int:
+        """How many jobs are ready; counting stops at `most`."""
+        counted = select(jobs.c.id).where(in_state("ready")).limit(most).subquery()
+        return connection.scalar(select(func.count()).select_from(counted)) or 0
 
     def stats(self) -> QueueStats:
         with self.database.read() as connection:
@@ -371,57 +548,102 @@ class Queue:
             depth: dict[str, dict[int, int]] = {}
             for state in ("ready", "running", "dead"):
                 counts = connection.execute(
-                    select(jobs.c.priority, func.count()).where(jobs.c.state == state).group_by(jobs.c.priority)
+                    select(jobs.c.priority, func.count()).where(in_state(state)).group_by(jobs.c.priority)
                 )
                 depth[state] = dict.fromkeys(PRIORITIES.values(), 0) | dict(counts.all())
-            oldest = connection.scalar(
-                select(func.min(jobs.c.run_at)).where(jobs.c.state == "ready", jobs.c.target == ANYONE)
-            )
+            oldest = [
+                connection.scalar(select(func.min(jobs.c.run_at)).where(_common(priority)))
+                for priority in PRIORITIES.values()
+            ]
             recent = connection.execute(
                 select(job_events.c.event, func.count())
                 .where(job_events.c.at > now - 300_000)
                 .group_by(job_events.c.event)
             )
-            return QueueStats(depth, max(0, now - (oldest or now)) / 1000, dict(recent.all()))
+            waits = max(0, *(now - (at or now) for at in oldest))
+            return QueueStats(depth, waits / 1000, dict(recent.all()))
 
     def job(self, job_id: int) -> dict[str, Any] | None:
         """One job as it is now, with the events of its past; None if there is none."""
+        found = self.find(Which(ids=[job_id]), 1)[0]
+        return found[0] if found else None
+
+    def find(self, which: Which, limit: int = 50, before: int | None = None) -> tuple[list[dict[str, Any]], int]:
+        """Jobs with their events, newest id first, and how many match; `before` continues after a page's last id."""
+        wanted = which.conditions()
+        page = select(jobs).where(*wanted).order_by(jobs.c.id.desc()).limit(limit)
         with self.database.read() as connection:
-            found = self._described(connection, select(jobs).where(jobs.c.id == job_id))
-            return found[0] if found else None
+            total = connection.scalar(select(func.count()).select_from(jobs).where(*wanted)) or 0
+            shown = connection.execute(page if before is None else page.where(jobs.c.id < before)).mappings()
+            found = {row["id"]: dict(row) | {"events": []} for row in shown}
+            events = select(job_events).where(job_events.c.job_id.in_(found)).order_by(job_events.c.id)
+            for event in connection.execute(events).mappings():
+                found[event["job_id"]]["events"].append(dict(event))
+        return list(found.values()), total
 
-    def dead_letters(self, limit: int = 50, before: int | None = None) -> list[dict[str, Any]]:
-        """Dead jobs with their history, newest id first; `before` continues after a page's last id."""
-        query = select(jobs).where(jobs.c.state == "dead").order_by(jobs.c.id.desc()).limit(limit)
-        if before is not None:
-            query = query.where(jobs.c.id < before)
-        with self.database.read() as connection:
-            return self._described(connection, query)
+    def requeue(self, which: Which, note: Note | None = None, limit: int = 1000) -> list[int]:
+        """Make dead jobs ready again with all their attempts, at most `limit`: their ids.
 
-    def _described(self, connection: Connection, query: Any) -> list[dict[str, Any]]:
-        found = [dict(row) for row in connection.execute(query).mappings()]
-        events = connection.execute(
-            select(job_events).where(job_events.c.job_id.in_([job["id"] for job in found])).order_by(job_events.c.id)
-        ).mappings()
-        history = [dict(event) for event in events]
-        return [job | {"events": [event for event in history if event["job_id"] == job["id"]]} for job in found]
-
-    def requeue(self, ids: Sequence[int]) -> list[int]:
-        """Make dead jobs ready again with all their attempts; the ids that were dead."""
-        if not ids:
-            return []
+        `note` is called with the ids in the same transaction, unless there are none.
+        """
         with self.database.write() as connection:
-            rows = connection.execute(
-                update(jobs)
-                .where(jobs.c.id.in_(ids), jobs.c.state == "dead")
-                .values(state="ready", attempts=0, run_at=self.database.clock_expression(), finished_at=None)
-                .returning(*_EVENT)
-            ).all()
-            self._record(connection, "requeued", rows)
-        return sorted(row.id for row in rows)
+            now = self.database.now(connection)
+            fresh = {"state": "ready", "attempts": 0, "run_at": now, "finished_at": None}
+            revived = self._take(connection, _buried(which, limit), **fresh)
+            self._record(connection, now, "requeued", revived)
+            self.database.ring(connection)
+            return _noted(connection, revived, note)
+
+    def discard(self, which: Which, note: Note | None = None, limit: int = 1000) -> list[int]:
+        """Remove dead jobs, and their documents if those were never processed, at most `limit`: their ids."""
+        with self.database.write() as connection:
+            buried = self._take(connection, _buried(which, limit), lease_until=None)
+            self._record(connection, self.database.now(connection), "discarded", buried, if_dead="discarded")
+            remove(connection, [row.id for row in buried])
+            return _noted(connection, buried, note)
 
 
-_EVENT = [jobs.c[name] for name in ("id", "document_id", "token", "attempts", "error_class", "error", "state")]
+def remove(connection: Connection, ids: Sequence[int]) -> int:
+    """Delete these jobs, and their documents if those were never processed: how many documents."""
+    owners = connection.scalars(delete(jobs).where(jobs.c.id.in_(ids)).returning(jobs.c.document_id)).all()
+    unprocessed = documents.c.id.in_([owner for owner in owners if owner]) & documents.c.processed_at.is_(None)
+    return connection.execute(delete(documents).where(unprocessed)).rowcount
+
+
+def shown(job: Mapping[str, Any]) -> dict[str, Any]:
+    """A job of `Queue.find` as it is shown: without its payload, with times in RFC 3339."""
+    times = {name: rfc3339(job[name]) for name in ("run_at", "created_at", "finished_at")}
+    events = [{"at": rfc3339(event["at"])} | {name: event[name] for name in _SHOWN_EVENT} for event in job["events"]]
+    own = {name: job[name] for name in _SHOWN} | {"priority": _PRIORITY_NAMES[job["priority"]]}
+    return own | times | {"events": events}
+
+
+def _buried(which: Which, limit: int) -> Any:
+    wanted = replace(which, state="dead").conditions()
+    return select(jobs.c.id).where(*wanted).order_by(jobs.c.id).limit(limit).with_for_update(skip_locked=True)
+
+
+def _noted(connection: Connection, changed: Sequence[Row[Any]], note: Note | None) -> list[int]:
+    ids = sorted(row.id for row in changed)
+    if note is not None and ids:
+        note(connection, ids)
+    return ids
+
+
+def _urgency(row: Row[Any]) -> tuple[int, int, int]:
+    return row.priority, row.run_at, row.id
+
+
+def _listed(found: Iterable[Any]) -> str:
+    return json.dumps([[row.id] for row in found])
+
+
+def _names(names: Iterable[str]) -> str:
+    return json.dumps([[name] for name in names])
+
+
+def _held(claimed: Iterable[Job]) -> str:
+    return json.dumps([[job.id, job.token] for job in claimed])
 
 
 def clean(value: str) -> str:

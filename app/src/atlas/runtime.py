@@ -13,9 +13,11 @@ import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
 from atlas import logs, presence
+from atlas.breakers import Limits
 from atlas.db import Database
 from atlas.queue import Queue
 from atlas.settings import Settings, SettingsError, load_identity, load_settings
+from atlas.wake import Ear
 from atlas.watchdog import Notifier
 
 PORTS = {"api": {"blue": 8101, "green": 8102}, "monitoring": {"blue": 8111, "green": 8112}}
@@ -40,6 +42,7 @@ class Runtime:
         self.started_at = time.time_ns() // 1_000_000
         self.stopping = False
         self.detail: Mapping[str, Any] | None = None
+        self.ear = Ear(self.database)
         self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._pinged_at = self._beaten_at = float("-inf")
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -54,8 +57,9 @@ class Runtime:
         os.eventfd_write(self._event, 1)
 
     def wait(self, seconds: float) -> None:
-        """Wait so long, or until woken."""
-        if select.select([self._event], [], [], max(0.0, seconds))[0]:
+        """Wait so long, or until woken, or until the ear has something to hear."""
+        sources = [self._event] if self.ear.fd is None else [self._event, self.ear.fd]
+        if self._event in select.select(sources, [], [], max(0.0, seconds))[0]:
             os.eventfd_read(self._event)
 
     def connect(self) -> bool:
@@ -147,4 +151,12 @@ def open_queue(database: Database, owner: str, deployment: int, settings: Settin
         attempts=settings.job_attempts,
         retry_base_seconds=settings.retry_base_seconds,
         retry_cap_seconds=settings.retry_cap_seconds,
+        retries=settings.retries,
+        limits=Limits(
+            settings.host_concurrency,
+            settings.host_interval_seconds,
+            settings.breaker_failures,
+            settings.breaker_open_seconds,
+            settings.breaker_successes,
+        ),
     )

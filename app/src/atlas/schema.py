@@ -23,7 +23,8 @@ from sqlalchemy.dialects.postgresql import JSONB
 
 metadata = MetaData()
 PRIORITIES = {"high": 0, "normal": 1, "low": 2}
-ANYONE = 0  # jobs.target of a job that any admitted deployment may claim
+# jobs.target of a job that any admitted deployment may claim, and of one that waits in the lane of its host.
+ANYONE, LANE = 0, -1
 
 Serial = BigInteger().with_variant(Integer, "sqlite")
 Json = JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
@@ -71,7 +72,7 @@ jobs = Table(
     Column("payload", Json),
     Column("priority", SmallInteger, nullable=False),
     Column("state", Text, nullable=False),
-    # The deployment that alone may claim the job (a probe), or ANYONE.
+    # The deployment that alone may claim the job (a probe), or ANYONE, or LANE.
     Column("target", BigInteger, nullable=False, server_default=text("0")),
     Column("run_at", BigInteger, nullable=False),
     Column("attempts", Integer, nullable=False, server_default=text("0")),
@@ -101,6 +102,16 @@ Index(
     jobs.c.id,
     sqlite_where=_READY,
     postgresql_where=_READY,
+)
+_IN_LANE = text("state = 'ready' AND target = -1")
+Index(
+    "jobs_lane",
+    jobs.c.host,
+    jobs.c.priority,
+    jobs.c.run_at,
+    jobs.c.id,
+    sqlite_where=_IN_LANE,
+    postgresql_where=_IN_LANE,
 )
 # lease_until is left out on purpose: on PostgreSQL a heartbeat then touches no index.
 Index("jobs_running", jobs.c.deployment, sqlite_where=_RUNNING, postgresql_where=_RUNNING)
@@ -172,7 +183,7 @@ tokens = Table(
     Column("created_at", BigInteger, nullable=False),
 )
 
-# Remote hosts that were fetched from: the breaker of each, and when it may be asked next.
+# Remote hosts of which there is something to remember: see breakers.Host.
 hosts = Table(
     "hosts",
     metadata,
@@ -182,10 +193,12 @@ hosts = Table(
     Column("successes", Integer, nullable=False, server_default=text("0")),
     Column("open_until", BigInteger, nullable=False, server_default=text("0")),
     Column("next_at", BigInteger, nullable=False, server_default=text("0")),
+    Column("waiting", Boolean, nullable=False, server_default=false()),
     Column("error", Text),
     Column("changed_at", BigInteger, nullable=False),
     CheckConstraint("state IN ('closed', 'open', 'half_open')", name="hosts_state"),
 )
+Index("hosts_waiting", hosts.c.next_at, sqlite_where=text("waiting = 1"), postgresql_where=text("waiting"))
 
 # Answers to requests that carried an Idempotency-Key, by the token (its hash) that sent them.
 idempotency_keys = Table(

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import socket
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -62,6 +63,26 @@ class TokenSpec(BaseModel):
     )
 
 
+class Retry(BaseModel):
+    """How often a class of error is attempted in all, and the base of its back-off; null is the general setting."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    attempts: int | None = Field(default=None, ge=1)
+    base_seconds: float | None = Field(default=None, gt=0)
+
+
+# Every class of error that a job can fail with.
+RETRIES: Mapping[str, Retry] = {
+    "timeout": Retry(attempts=3, base_seconds=60),
+    "rate_limited": Retry(attempts=5, base_seconds=300),
+    "server_error": Retry(attempts=2, base_seconds=120),
+    **dict.fromkeys(("dns", "network", "internal"), Retry()),
+    **dict.fromkeys(
+        ("not_found", "client_error", "parse_error", "too_large", "unsupported", "refused"), Retry(attempts=1)
+    ),
+}
+
+
 class Settings(BaseSettings):
     """All settings, with their units in their names."""
 
@@ -89,6 +110,12 @@ class Settings(BaseSettings):
     job_attempts: int = Field(default=5, ge=1)
     retry_base_seconds: float = Field(default=1, gt=0)
     retry_cap_seconds: float = Field(default=300, gt=0)
+    retries: dict[str, Retry] = dict(RETRIES)
+    host_concurrency: int = Field(default=4, ge=1)
+    host_interval_seconds: float = Field(default=0, ge=0)
+    breaker_failures: int = Field(default=10, ge=1)
+    breaker_open_seconds: float = Field(default=300, gt=0)
+    breaker_successes: int = Field(default=5, ge=1)
 
     fetch_timeout_seconds: float = Field(default=60, gt=0)
     fetch_limit_bytes: int = Field(default=10_000_000, ge=1)
@@ -142,6 +169,13 @@ class Settings(BaseSettings):
         if url.password is not None:
             raise ValueError("holds a password; move it to the credential database_password")
         return value
+
+    @field_validator("retries")
+    @classmethod
+    def _complete(cls, value: dict[str, Retry]) -> dict[str, Retry]:
+        if unknown := sorted(set(value) - set(RETRIES)):
+            raise ValueError(f"{', '.join(unknown)}: no such class of error; there are {', '.join(RETRIES)}")
+        return {**RETRIES, **value}
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:

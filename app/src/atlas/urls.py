@@ -33,3 +33,8 @@ def normalise_url(url: str) -> str:
         netloc += f":{port}"
     path, query = (quote(part, "/%:@!$&'()*+,;=-._~?", errors="surrogatepass") for part in (parts.path, parts.query))
     return urlunsplit((scheme, netloc, path or "/", query, ""))
+
+
+def host_of(url: str | None) -> str | None:
+    """The host[:port] of a normalised URL."""
+    return None if url is None else urlsplit(url).netloc

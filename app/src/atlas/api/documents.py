@@ -167,9 +167,3 @@ def show(document_id: str) -> Response:
 def _shown(document: dict[str, Any]) -> dict[str, Any]:
     document.pop("text", None)
     return document
-
-
-def page_arguments() -> tuple[int, str | None]:
-    """The arguments limit (1 to 200) and cursor of a list. Raises Problem."""
-    query = read_query(PageQuery)
-    return query.limit, query.cursor

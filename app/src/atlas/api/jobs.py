@@ -1,36 +1,30 @@
-"""/v1/jobs and /v1/dead-letters: what became of the work, and another try for what failed."""
+"""/v1/jobs, /v1/dead-letters, /v1/breakers: what became of the work, what to do with what failed, who is not asked."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from datetime import datetime
-from typing import Any, Literal
+from typing import Literal, Self
 
-import structlog
 from flask import Blueprint, Response, jsonify
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from sqlalchemy import Connection
 
+from atlas import breakers
+from atlas.api.audit import note
 from atlas.api.auth import require
-from atlas.api.documents import page_arguments
-from atlas.api.openapi import PageQuery, describe
+from atlas.api.openapi import LIST_LIMIT, Moment, PageQuery, describe, read_body, read_query
 from atlas.api.problems import Problem
 from atlas.api.state import state
-from atlas.db import rfc3339
-from atlas.schema import PRIORITIES
+from atlas.queue import Queue, Which, shown
 
 blueprint = Blueprint("jobs", __name__, url_prefix="/v1")
-log = structlog.get_logger("atlas.api")
-_PRIORITY_NAMES = {value: name for name, value in PRIORITIES.items()}
-_JOB = ("id", "kind", "document_id", "state", "attempts", "request_id", "error_class", "error")
-_EVENT = ("event", "attempt", "owner", "deployment", "error_class", "error")
-
-
-def shown(job: dict[str, Any]) -> dict[str, Any]:
-    """A job as clients see it: without its payload, with times in RFC 3339."""
-    times = {name: rfc3339(job[name]) for name in ("run_at", "created_at", "finished_at")}
-    events = [{"at": rfc3339(event["at"])} | {name: event[name] for name in _EVENT} for event in job["events"]]
-    return (
-        {name: job[name] for name in _JOB} | {"priority": _PRIORITY_NAMES[job["priority"]]} | times | {"events": events}
-    )
+BATCH, BATCHES = 1000, 10
+State = Literal["ready", "running", "done", "dead"]
+_CHANGES: dict[str, tuple[Callable[..., list[int]], str]] = {
+    "requeue": (Queue.requeue, "requeued"),
+    "discard": (Queue.discard, "discarded"),
+}
 
 
 class EventOut(BaseModel):
@@ -46,12 +40,13 @@ class EventOut(BaseModel):
 
 
 class JobOut(BaseModel):
-    """A job with its history."""
+    """A job with its history. `host` is the remote host that it asks."""
 
     id: int
     kind: str
     document_id: str | None
-    state: Literal["ready", "running", "done", "dead"]
+    state: State
+    host: str | None
     priority: Literal["high", "normal", "low"]
     attempts: int
     request_id: str | None
@@ -71,11 +66,91 @@ class JobPage(BaseModel):
     next: str | None
 
 
-class RequeuedOut(BaseModel):
-    """A job that gets another try."""
+class LetterQuery(PageQuery):
+    """Jobs that match all that is given; `since` and `until` speak of their end."""
+
+    host: str | None = None
+    error_class: str | None = None
+    since: Moment | None = None
+    until: Moment | None = None
+
+
+class JobQuery(LetterQuery):
+    """Jobs that match all that is given; `since` and `until` speak of their end."""
+
+    state: State | None = None
+
+
+class LettersIn(BaseModel):
+    """The dead letters that match all that is given. All of them must be asked for by {"all": true}."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    host: str | None = None
+    error_class: str | None = None
+    since: Moment | None = None
+    until: Moment | None = None
+    all: Literal[True] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        given = set(self.model_dump(exclude_none=True))
+        if not given or ("all" in given and len(given) > 1):
+            raise ValueError('give host, error_class, since or until; or {"all": true} alone')
+        return self
+
+
+class ChangedOut(BaseModel):
+    """What became of a dead letter."""
 
     id: int
-    state: Literal["ready"]
+    state: Literal["ready", "discarded"]
+
+
+class ChangedManyOut(BaseModel):
+    """How many dead letters were changed; `more` says that some may be left: ask again."""
+
+    count: int
+    state: Literal["ready", "discarded"]
+    more: bool
+
+
+class BreakerOut(BaseModel):
+    """A remote host. `waiting` says that jobs wait until it may be asked, at `next_at` at the earliest."""
+
+    name: str
+    state: Literal["closed", "open", "half_open"]
+    failures: int
+    successes: int
+    open_until: datetime | None
+    next_at: datetime | None
+    waiting: bool
+    error: str | None
+
+
+class BreakerPage(BaseModel):
+    """Part of a list; `next` is the cursor of the following part."""
+
+    items: list[BreakerOut]
+    total: int
+    next: str | None
+
+
+class BreakerQuery(BaseModel):
+    """The arguments of the list, which is sorted by name. `cursor` is the `next` of the page before."""
+
+    limit: int = Field(default=50, ge=1, le=LIST_LIMIT)
+    cursor: str | None = None
+    state: Literal["closed", "open", "half_open"] | None = None
+
+
+@blueprint.get("/jobs")
+@require("read")
+@describe({200: JobPage}, query=JobQuery)
+def index() -> Response:
+    """List jobs, newest first."""
+    query = read_query(JobQuery)
+    return _page(query, query.state)
 
 
 @blueprint.get("/jobs/<int:job_id>")
@@ -91,24 +166,88 @@ def show(job_id: int) -> Response:
 
 @blueprint.get("/dead-letters")
 @require("operate")
-@describe({200: JobPage}, query=PageQuery)
+@describe({200: JobPage}, query=LetterQuery)
 def dead_letters() -> Response:
     """List the jobs that failed for good, newest first."""
-    limit, cursor = page_arguments()
-    if cursor is not None and not (cursor.isascii() and cursor.isdigit() and len(cursor) < 19):
-        raise Problem(422, "cursor: is not one that a page of this list gave")
-    queue = state().queue
-    found = queue.dead_letters(limit + 1, None if cursor is None else int(cursor))
-    following = str(found[limit - 1]["id"]) if len(found) > limit else None
-    return jsonify(items=[shown(job) for job in found[:limit]], total=queue.stats().total("dead"), next=following)
+    return _page(read_query(LetterQuery), "dead")
 
 
-@blueprint.post("/dead-letters/<int:job_id>:requeue")
+def _page(query: LetterQuery, wanted: str | None) -> Response:
+    which = Which(None, wanted, query.host, query.error_class, query.since, query.until)
+    before = None if query.cursor is None else int(query.cursor)
+    found, total = state().queue.find(which, query.limit + 1, before)
+    following = str(found[query.limit - 1]["id"]) if len(found) > query.limit else None
+    return jsonify(items=[shown(job) for job in found[: query.limit]], total=total, next=following)
+
+
+@blueprint.get("/dead-letters/<int:job_id>")
 @require("operate")
-@describe({200: RequeuedOut}, problems=(404,))
-def requeue(job_id: int) -> Response:
-    """Give a dead letter all its attempts again."""
-    if not state().queue.requeue([job_id]):
+@describe({200: JobOut}, problems=(404,))
+def dead_letter(job_id: int) -> Response:
+    """Show a dead letter with the history of its errors."""
+    found, _ = state().queue.find(Which(ids=[job_id], state="dead"), 1)
+    if not found:
         raise Problem(404, f"there is no dead letter {job_id}")
-    log.info("dead letter requeued", job_id=job_id)
-    return jsonify(id=job_id, state="ready")
+    return jsonify(shown(found[0]))
+
+
+@blueprint.post("/dead-letters/<int:job_id>:<any(requeue, discard):change>")
+@require("operate")
+@describe({200: ChangedOut}, problems=(404,))
+def change_one(job_id: int, change: str) -> Response:
+    """Give a dead letter all its attempts again, or remove it.
+
+    With a letter that is discarded goes its document, if that was never processed.
+    """
+    make, done = _CHANGES[change]
+    if not make(state().queue, Which(ids=[job_id]), lambda connection, _: note(connection, done, "job", job_id)):
+        raise Problem(404, f"there is no dead letter {job_id}")
+    return jsonify(id=job_id, state=_outcome(change))
+
+
+@blueprint.post("/dead-letters:<any(requeue, discard):change>")
+@require("operate")
+@describe({200: ChangedManyOut}, body=LettersIn)
+def change_many(change: str) -> Response:
+    """Do the same with all dead letters that match, up to 10,000 at once."""
+    make, done = _CHANGES[change]
+    given = read_body(LettersIn)
+    which = Which(None, None, given.host, given.error_class, given.since, given.until)
+
+    def write(connection: Connection, ids: Sequence[int]) -> None:
+        note(connection, done, "job", detail=given.model_dump(exclude_none=True) | {"ids": list(ids)})
+
+    count = 0
+    for _ in range(BATCHES):
+        changed = len(make(state().queue, which, write, BATCH))
+        count += changed
+        if changed < BATCH:
+            break
+    return jsonify(count=count, state=_outcome(change), more=changed == BATCH)
+
+
+def _outcome(change: str) -> str:
+    return "ready" if change == "requeue" else "discarded"
+
+
+@blueprint.get("/breakers")
+@require("read")
+@describe({200: BreakerPage}, query=BreakerQuery)
+def list_breakers() -> Response:
+    """List the remote hosts of which there is something to remember."""
+    query = read_query(BreakerQuery)
+    found, total = breakers.listed(state().database, query.state, query.limit + 1, query.cursor)
+    following = found[query.limit - 1].name if len(found) > query.limit else None
+    return jsonify(items=[host.as_dict() for host in found[: query.limit]], total=total, next=following)
+
+
+@blueprint.post("/breakers/<host>:reset")
+@require("operate")
+@describe({200: BreakerOut}, problems=(404,))
+def reset_breaker(host: str) -> Response:
+    """Close the breaker of a host, and end any pause."""
+    with state().database.write() as connection:
+        if not breakers.reset(state().database, connection, host):
+            raise Problem(404, f"nothing is known of the host {host}")
+        note(connection, "reset", "breaker", host)
+        return jsonify(breakers.load(connection, [host])[host].as_dict())

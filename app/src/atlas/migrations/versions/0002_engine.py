@@ -19,6 +19,7 @@ def upgrade() -> None:
     op.add_column("jobs", sa.Column("host", sa.Text))
     for table, name, columns, condition in (
         ("jobs", "jobs_running_host", ["host"], "state = 'running' AND host IS NOT NULL"),
+        ("jobs", "jobs_lane", ["host", "priority", "run_at", "id"], "state = 'ready' AND target = -1"),
         ("documents", "documents_sensitive", ["sensitive_key", "seq"], "sensitive_key IS NOT NULL"),
     ):
         where = sa.text(condition)
@@ -31,10 +32,13 @@ def upgrade() -> None:
         sa.Column("successes", sa.Integer, nullable=False, server_default=sa.text("0")),
         sa.Column("open_until", sa.BigInteger, nullable=False, server_default=sa.text("0")),
         sa.Column("next_at", sa.BigInteger, nullable=False, server_default=sa.text("0")),
+        sa.Column("waiting", sa.Boolean, nullable=False, server_default=sa.false()),
         sa.Column("error", sa.Text),
         sa.Column("changed_at", sa.BigInteger, nullable=False),
         sa.CheckConstraint("state IN ('closed', 'open', 'half_open')", name="hosts_state"),
     )
+    waiting = sa.text("waiting = 1"), sa.text("waiting")
+    op.create_index("hosts_waiting", "hosts", ["next_at"], sqlite_where=waiting[0], postgresql_where=waiting[1])
     op.create_table(
         "idempotency_keys",
         sa.Column("token", sa.Text, primary_key=True),
