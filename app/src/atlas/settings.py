@@ -131,6 +131,7 @@ class Settings(BaseSettings):
     job_retention_days: float = Field(default=30, gt=0)
     dead_letter_retention_hours: float = Field(default=168, gt=0)
     audit_retention_days: int = Field(default=365, ge=1)
+    queue_sample_retention_days: float = Field(default=7, gt=0)
 
     # The file in which the backup host reports; null where nobody makes backups.
     backup_status_path: str | None = None
