@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 from collections.abc import Iterable
 
 from cryptography.fernet import Fernet, InvalidToken, MultiFernet
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from pydantic import SecretStr
 
 
@@ -32,7 +35,7 @@ class Keyring:
                 raise KeyringError(
                     f"fernet_keys: key {position} is not a Fernet key (32 bytes in URL-safe base64)"
                 ) from None
-        self._fernets = fernets
+        self._keys = [base64.urlsafe_b64decode(key) for key in listed]
         self._all = MultiFernet(fernets)
         # A truncated hash of 256 random bits names a key and says nothing about it.
         self.fingerprints = [hashlib.sha256(b"atlas-key:" + key.encode()).hexdigest()[:12] for key in listed]
@@ -41,6 +44,10 @@ class Keyring:
     def from_secret(cls, secret: SecretStr) -> Keyring:
         """The keyring in the credential `fernet_keys`: one key per line."""
         return cls(secret.get_secret_value().splitlines())
+
+    def derive(self, purpose: str) -> list[bytes]:
+        """A key of 32 bytes for another purpose from each key (HKDF, RFC 5869), newest first."""
+        return [HKDF(SHA256(), 32, None, f"atlas {purpose}".encode()).derive(key) for key in self._keys]
 
     def encrypt(self, text: str) -> str:
         return self._all.encrypt(text.encode()).decode()

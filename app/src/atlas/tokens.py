@@ -44,7 +44,7 @@ class Tokens:
             until, cached = self._cache.get(digest, (0.0, None))
         if cached is not None and time.monotonic() < until:
             return cached
-        found = self._find(digest)
+        found = self.find(digest)
         with self._lock:
             self._cache.pop(digest, None)
             if found is not None:
@@ -53,7 +53,8 @@ class Tokens:
                 self._cache[digest] = (time.monotonic() + CACHE_SECONDS, found)
         return found
 
-    def _find(self, digest: str) -> Token | None:
+    def find(self, digest: str) -> Token | None:
+        """The token with this SHA-256, as the store has it now; None if there is none, or it may not be used."""
         with self.database.read() as connection:
             row = connection.execute(
                 select(tokens).where(

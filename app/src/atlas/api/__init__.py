@@ -13,6 +13,7 @@ from structlog.contextvars import bind_contextvars, clear_contextvars
 from werkzeug.routing import IntegerConverter, UnicodeConverter
 
 from atlas.api import audit, documents, feeds, health, jobs, metrics, openapi, problems, status
+from atlas.api.session import Sessions
 from atlas.api.state import Pulse, State
 from atlas.crypto import Keyring
 from atlas.db import Database
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 BODY_PER_CONTENT = 3
 BODY_EXTRA_BYTES = 65_536
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-QUIET = ("health.healthz", "health.readyz", "metrics.metrics")
+QUIET = ("health.healthz", "health.readyz", "metrics.metrics", "static")
 
 log = structlog.get_logger("atlas.api")
 
@@ -66,13 +67,15 @@ def create_app(settings: Settings, identity: Identity) -> Flask:
     keyring = Keyring.from_secret(settings.fernet_keys)
     database = Database(settings)
     queue = open_queue(database, f"{identity.host}/{identity.slot}/api", identity.deployment, settings)
+    tokens = Tokens(database)
     app.extensions["atlas"] = shared = State(
         settings=settings,
         identity=identity,
         database=database,
         queue=queue,
         documents=Documents(database, queue, keyring, settings),
-        tokens=Tokens(database),
+        tokens=tokens,
+        sessions=Sessions(keyring, tokens),
         keyring=keyring,
         metrics=metrics.HttpMetrics(settings.backup_status_path),
         pulse=Pulse(database, identity),

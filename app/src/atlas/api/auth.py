@@ -71,6 +71,11 @@ def _check(scope: str) -> None:
     token = state().tokens.authenticate(secret.strip())
     if token is None:
         raise Problem(401, "the token is not valid", {"WWW-Authenticate": 'Bearer error="invalid_token"'})
+    admit(token, scope)
+
+
+def admit(token: Token, scope: str) -> None:
+    """Let this request be the token's. Raises Problem if the token lacks the scope, or has used up its limits."""
     g.token = token
     bind_contextvars(token=token.name)
     if scope not in token.scopes:

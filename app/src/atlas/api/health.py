@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from flask import Blueprint, Response, jsonify
 from pydantic import BaseModel, ConfigDict
+from sqlalchemy import Connection, func, select
 from sqlalchemy.exc import SQLAlchemyError
 
 from atlas import admission, backups, presence
@@ -14,6 +15,7 @@ from atlas.api.state import State, state
 from atlas.db import rfc3339
 from atlas.keys import progress
 from atlas.runtime import one_line
+from atlas.schema import feeds, hosts
 
 blueprint = Blueprint("health", __name__)
 
@@ -46,6 +48,8 @@ class HealthOut(BaseModel):
     environment: str
     checks: dict[str, str]
     queue: dict[str, Any] | None
+    breakers: dict[str, int] | None
+    feeds: dict[str, int] | None
     workers: list[dict[str, Any]]
     admitted: list[int]
 
@@ -62,9 +66,9 @@ def healthz() -> Response:
 def readyz() -> tuple[Response, int]:
     """Say whether this process should get traffic."""
     shared = state()
-    checks = _checks(shared)
-    is_ready = all(result == "ok" for result in checks.values())
-    answer = {"status": "ready" if is_ready else "not ready", "checks": checks} | _engine(shared)
+    results = checks(shared)
+    is_ready = all(result == "ok" for result in results.values())
+    answer = {"status": "ready" if is_ready else "not ready", "checks": results} | _engine(shared)
     return jsonify(answer), 200 if is_ready else 503
 
 
@@ -75,12 +79,12 @@ def health() -> Response:
     return jsonify(detail(state()))
 
 
-def _checks(shared: State) -> dict[str, str]:
+def checks(shared: State) -> dict[str, str]:
     """Each check with "ok" or what is wrong. Without readable credentials the application would not have started."""
-    checks = {"database": "ok", "schema": "ok", "credentials": "ok", "draining": "ok"} | shared.pulse.problems()
+    results = {"database": "ok", "schema": "ok", "credentials": "ok", "draining": "ok"} | shared.pulse.problems()
     if shared.draining():
-        checks["draining"] = "this process is stopping"
-    return checks
+        results["draining"] = "this process is stopping"
+    return results
 
 
 def _engine(shared: State) -> dict[str, str | None]:
@@ -89,27 +93,29 @@ def _engine(shared: State) -> dict[str, str | None]:
 
 def detail(shared: State) -> dict[str, Any]:
     """The whole state of this slot as the API sees it; holds no secret."""
-    checks = _checks(shared)
+    results = checks(shared)
     found: dict[str, Any] = {
-        "status": "ok" if all(result == "ok" for result in checks.values()) else "degraded",
+        "status": "ok" if all(result == "ok" for result in results.values()) else "degraded",
         "release": shared.identity.release,
         "deployment": shared.identity.deployment,
         "slot": shared.identity.slot,
         "host": shared.identity.host,
         "environment": shared.settings.environment,
-        "checks": checks,
+        "checks": results,
         "database": {"dialect": shared.database.dialect, "version": shared.pulse.engine},
         "keyring": {"keys": len(shared.keyring.fingerprints), "fingerprints": shared.keyring.fingerprints},
         "backup": backups.look(shared.settings.backup_status_path),
         "queue": None,
+        "breakers": None,
+        "feeds": None,
         "workers": [],
         "admitted": [],
     }
     # A backup that fails is for people to mend; it is no reason to send traffic elsewhere, hence not in /readyz.
     if found["backup"] and found["backup"]["problems"]:
         found["status"] = "degraded"
-        checks["backup"] = "; ".join(found["backup"]["problems"])
-    if checks["database"] != "ok":
+        results["backup"] = "; ".join(found["backup"]["problems"])
+    if results["database"] != "ok":
         return found
     try:
         stats = shared.queue.stats()
@@ -121,12 +127,25 @@ def detail(shared: State) -> dict[str, Any]:
         }
         with shared.database.read() as connection:
             found["keyring"] |= progress(connection, shared.keyring).as_dict()
+            found["breakers"] = _breakers(connection)
+            found["feeds"] = _feeds(connection)
         found["workers"] = [_worker(service) for service in presence.roster(shared.database)]
         found["admitted"] = [entry.id for entry in admission.admissions(shared.database) if entry.admitted]
     except (SQLAlchemyError, OSError) as error:
         found["status"] = "degraded"
         found["checks"]["database"] = f"does not answer: {one_line(error)}"
     return found
+
+
+def _breakers(connection: Connection) -> dict[str, int]:
+    """How many sources are spared now. Their names are for those who are signed in."""
+    troubled = select(hosts.c.state, func.count()).where(hosts.c.state != "closed").group_by(hosts.c.state)
+    return {"open": 0, "half_open": 0} | dict(connection.execute(troubled).all())
+
+
+def _feeds(connection: Connection) -> dict[str, int]:
+    enabled, failing = connection.execute(select(func.count(), func.count(feeds.c.error)).where(feeds.c.enabled)).one()
+    return {"enabled": enabled, "failing": failing}
 
 
 def _worker(service: presence.Presence) -> dict[str, Any]:

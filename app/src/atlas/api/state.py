@@ -13,6 +13,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from atlas import migrations, presence
 from atlas.api.metrics import HttpMetrics
+from atlas.api.session import Sessions
 from atlas.crypto import Keyring
 from atlas.db import Database
 from atlas.documents import Documents
@@ -119,6 +120,7 @@ class State:
     queue: Queue
     documents: Documents
     tokens: Tokens
+    sessions: Sessions
     keyring: Keyring
     metrics: HttpMetrics
     pulse: Pulse
