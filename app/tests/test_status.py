@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import open_database
+from conftest import open_database, wait_for
 from flask import Flask
 from flask.testing import FlaskClient
 from playwright.sync_api import Browser, Page, sync_playwright
@@ -22,11 +23,12 @@ from werkzeug.test import TestResponse
 from atlas.api import create_app
 from atlas.api.chart import ceiling, chart
 from atlas.api.session import COOKIE, SESSION_SECONDS
+from atlas.api.state import Counted
 from atlas.api.status import marked
 from atlas.crypto import Keyring
 from atlas.documents import Documents, Extracted, Submission
 from atlas.presence import beat
-from atlas.queue import Queue, Result
+from atlas.queue import Queue, QueueStats, Result
 from atlas.schema import audit, hosts, queue_samples
 from atlas.settings import Settings, TokenSpec
 from atlas.tokens import Tokens
@@ -218,7 +220,7 @@ def test_breakers_services_and_failures_are_shown(app: Flask, browser_of: FlaskC
         assert text in page
     assert f'aria-label="Requeue job {job_id}"' in page and "test1" in page and ">silent<" not in page
     health = app.test_client().get("/health").json
-    assert health["breakers"] == {"open": 1, "half_open": 0} and "slow.test" not in str(health)
+    assert health["breakers"] == {"closed": 0, "open": 1, "half_open": 0} and "slow.test" not in str(health)
     assert health["feeds"] == {"enabled": 0, "failing": 0} and health["queue"]["dead"] == 1
 
 
@@ -232,6 +234,29 @@ def test_without_a_store_nobody_is_signed_in(
     assert 'name="token"' in browser_of.get("/").text
     answer = sign_in(browser_of, "atl_other")
     assert answer.status_code == 503 and "does not answer" in answer.text and answer.mimetype == "text/html"
+
+
+def test_a_long_queue_is_counted_beside_the_requests(app: Flask, monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = app.extensions["atlas"]
+    counted = Counted(shared.queue)
+    assert counted.get().total("ready") == 0
+    shared.documents.submit(Submission(url="http://a.test/1"))
+    assert counted.get().total("ready") == 1
+    began, stats, may_end = threading.Event(), shared.queue.stats, threading.Event()
+
+    def slowly() -> QueueStats:
+        began.set()
+        assert may_end.wait(10)
+        return stats()
+
+    monkeypatch.setattr(shared.queue, "stats", slowly)
+    counted._took.extend([1.0, 1.0])
+    counted._due = 0.0
+    shared.documents.submit(Submission(url="http://a.test/2"))
+    assert counted.get().total("ready") == 1, "a request waits for the count"
+    assert began.wait(10) and counted.get().total("ready") == 1
+    may_end.set()
+    wait_for(lambda: counted.get().total("ready") == 2, 10, "the count has come in")
 
 
 def test_a_keyring_gives_keys_for_other_purposes() -> None:

@@ -14,7 +14,7 @@ from werkzeug.routing import IntegerConverter, UnicodeConverter
 
 from atlas.api import audit, documents, feeds, health, jobs, metrics, openapi, problems, status
 from atlas.api.session import Sessions
-from atlas.api.state import Pulse, State
+from atlas.api.state import Counted, Pulse, State
 from atlas.crypto import Keyring
 from atlas.db import Database
 from atlas.documents import Documents
@@ -73,6 +73,7 @@ def create_app(settings: Settings, identity: Identity) -> Flask:
         identity=identity,
         database=database,
         queue=queue,
+        counted=Counted(queue),
         documents=Documents(database, queue, keyring, settings),
         tokens=tokens,
         sessions=Sessions(keyring, tokens),

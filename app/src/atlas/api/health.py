@@ -9,13 +9,13 @@ from pydantic import BaseModel, ConfigDict
 from sqlalchemy import Connection, func, select
 from sqlalchemy.exc import SQLAlchemyError
 
-from atlas import admission, backups, presence
+from atlas import admission, backups, breakers, presence
 from atlas.api.openapi import describe
 from atlas.api.state import State, state
 from atlas.db import rfc3339
 from atlas.keys import progress
 from atlas.runtime import one_line
-from atlas.schema import feeds, hosts
+from atlas.schema import feeds
 
 blueprint = Blueprint("health", __name__)
 
@@ -118,7 +118,7 @@ def detail(shared: State) -> dict[str, Any]:
     if results["database"] != "ok":
         return found
     try:
-        stats = shared.queue.stats()
+        stats = shared.counted.get()
         found["queue"] = {
             **{name: stats.total(name) for name in ("ready", "running", "dead")},
             "limit": shared.settings.queue_limit,
@@ -127,7 +127,8 @@ def detail(shared: State) -> dict[str, Any]:
         }
         with shared.database.read() as connection:
             found["keyring"] |= progress(connection, shared.keyring).as_dict()
-            found["breakers"] = _breakers(connection)
+            # How many; their names are for those who may read.
+            found["breakers"] = breakers.states(shared.database, connection)
             found["feeds"] = _feeds(connection)
         found["workers"] = [_worker(service) for service in presence.roster(shared.database)]
         found["admitted"] = [entry.id for entry in admission.admissions(shared.database) if entry.admitted]
@@ -135,12 +136,6 @@ def detail(shared: State) -> dict[str, Any]:
         found["status"] = "degraded"
         found["checks"]["database"] = f"does not answer: {one_line(error)}"
     return found
-
-
-def _breakers(connection: Connection) -> dict[str, int]:
-    """How many sources are spared now. Their names are for those who are signed in."""
-    troubled = select(hosts.c.state, func.count()).where(hosts.c.state != "closed").group_by(hosts.c.state)
-    return {"open": 0, "half_open": 0} | dict(connection.execute(troubled).all())
 
 
 def _feeds(connection: Connection) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import threading
 import time
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from atlas.api.session import Sessions
 from atlas.crypto import Keyring
 from atlas.db import Database
 from atlas.documents import Documents
-from atlas.queue import Queue
+from atlas.queue import Queue, QueueStats
 from atlas.runtime import BEAT_SECONDS, one_line
 from atlas.settings import Identity, Settings
 from atlas.tokens import Tokens
@@ -25,6 +26,8 @@ from atlas.tokens import Tokens
 LOOK_SECONDS = 1.0
 SCHEMA_SECONDS = 10.0
 STALE_SECONDS = 10.0
+COUNT_SECONDS = 0.02
+COUNT_SHARE = 0.05
 
 log = structlog.get_logger("atlas.api")
 
@@ -110,6 +113,41 @@ class Pulse:
         return f"is at {schema.current or 'nothing'}, this release needs {schema.head}: run atlas db migrate"
 
 
+class Counted:
+    """The queue's statistics. A long queue is counted in a thread beside, and for a small part of the time."""
+
+    def __init__(self, queue: Queue) -> None:
+        self._queue = queue
+        self._lock = threading.Lock()
+        self._stats: QueueStats | None = None
+        self._took = collections.deque([0.0], maxlen=2)
+        self._due = 0.0
+
+    def get(self) -> QueueStats:
+        """The statistics of now; where counting takes long, those of the last count."""
+        # One slow count may be chance, two are not.
+        if self._stats is None or min(self._took) < COUNT_SECONDS:
+            return self._count()
+        if time.monotonic() >= self._due and self._lock.acquire(blocking=False):
+            threading.Thread(target=self._recount, name="count", daemon=True).start()
+        return self._stats
+
+    def _count(self) -> QueueStats:
+        began = time.monotonic()
+        self._stats = stats = self._queue.stats()
+        self._took.append(time.monotonic() - began)
+        self._due = began + self._took[-1] / COUNT_SHARE
+        return stats
+
+    def _recount(self) -> None:
+        try:
+            self._count()
+        except (SQLAlchemyError, OSError) as error:
+            log.warning("the queue could not be counted", reason=one_line(error))
+        finally:
+            self._lock.release()
+
+
 @dataclass
 class State:
     """Everything that a handler may need."""
@@ -118,6 +156,7 @@ class State:
     identity: Identity
     database: Database
     queue: Queue
+    counted: Counted
     documents: Documents
     tokens: Tokens
     sessions: Sessions

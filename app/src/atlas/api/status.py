@@ -17,6 +17,7 @@ from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError, Ti
 from werkzeug.exceptions import HTTPException
 from werkzeug.wrappers import Response as AnyResponse
 
+from atlas import breakers
 from atlas.api.audit import note
 from atlas.api.auth import admit
 from atlas.api.chart import DAY_MS, chart
@@ -26,12 +27,14 @@ from atlas.api.problems import Problem, unavailable
 from atlas.api.state import State, state
 from atlas.db import rfc3339
 from atlas.documents import InvalidDocument
-from atlas.schema import hosts, job_events, queue_samples
+from atlas.queue import Which
+from atlas.schema import job_events, queue_samples
 from atlas.tokens import Token
 
 blueprint = Blueprint("status", __name__, template_folder="templates")
 log = structlog.get_logger("atlas.api")
 SHOWN = 20
+TROUBLED = ("open", "half_open")
 LOOKED_AT = 5000  # of the last events, to find failures among them
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'self'; form-action 'self'; base-uri 'none';"
@@ -105,10 +108,9 @@ def requeue() -> AnyResponse:
     _check_form(shared)
     admit(token, "operate")
     job_id = request.form.get("job", "")
-    if not job_id.isascii() or not job_id.isdigit() or not shared.queue.requeue([int(job_id[:18])]):
+    which = Which(ids=[int(job_id[:18])] if job_id.isascii() and job_id.isdigit() else [])
+    if not shared.queue.requeue(which, lambda connection, _: note(connection, "requeued", "job", job_id)):
         raise Problem(404, "that dead letter is no longer there")
-    with shared.database.write() as connection:
-        note(connection, "requeued", "job", job_id)
     return _to_page(requeued=job_id)
 
 
@@ -143,13 +145,12 @@ def _overview(shared: State) -> dict[str, Any]:
         samples = select(queue_samples).where(queue_samples.c.at > now - DAY_MS).order_by(queue_samples.c.at)
         latest = select(job_events).order_by(job_events.c.id.desc()).limit(LOOKED_AT).subquery()
         failures = select(latest).where(latest.c.event.in_(("failed", "lost", "died"))).limit(SHOWN)
-        troubled = select(hosts).where(hosts.c.state != "closed").order_by(hosts.c.changed_at.desc()).limit(SHOWN)
         return {
             "now": now,
             "chart": chart([dict(row._mapping) for row in connection.execute(samples)], now),
             "failures": connection.execute(failures).all(),
-            "breakers": connection.execute(troubled).all(),
-            "dead_letters": shared.queue.dead_letters(SHOWN),
+            "breakers": [host for state in TROUBLED for host in breakers.listed(shared.database, state, SHOWN)[0]],
+            "dead_letters": shared.queue.find(Which(state="dead"), SHOWN)[0],
         }
 
 
