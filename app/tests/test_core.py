@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from atlas.core import Core
 from atlas.crypto import Keyring
 from atlas.db import Database
 from atlas.documents import Documents, Submission
-from atlas.queue import NewJob, Queue, Which
+from atlas.queue import NewJob, Queue, Result, Which
 from atlas.settings import Settings
 from atlas.wake import Ear
 
@@ -51,8 +53,9 @@ class Running:
             database, "core-1", 7, lease_seconds=settings.lease_seconds, random_delay=lambda upper: min(upper, 0.05)
         )
         self.documents = Documents(database, self.queue, keyring, settings)
-        self.woken = threading.Event()
-        self.core = Core(self.queue, self.documents, settings, self.woken.set, Ear(database))
+        self.woken = os.eventfd(0)
+        self.ear = Ear(database)
+        self.core = Core(self.queue, self.documents, settings, self.wake, self.ear)
         self.halted = threading.Event()
         self.errors: list[Exception] = []
         self.thread = threading.Thread(target=self._loop)
@@ -65,12 +68,17 @@ class Running:
             except OperationalError as error:
                 self.errors.append(error)
                 delay = 0.05
-            self.woken.wait(delay)
-            self.woken.clear()
+            sources = [self.woken] if self.ear.fd is None else [self.woken, self.ear.fd]
+            if self.woken in select.select(sources, [], [], delay)[0]:
+                os.eventfd_read(self.woken)
+
+    def wake(self) -> None:
+        os.eventfd_write(self.woken, 1)
 
     def halt(self, seconds: float = 10) -> None:
         if not self.halted.is_set():
             self.halted.set()
+            self.wake()
             self.thread.join()
             self.core.stop(time.sleep, seconds)
 
@@ -243,6 +251,76 @@ def test_a_long_job_keeps_its_lease_and_is_given_up_beyond_its_time(running: Cal
     assert shown is not None and shown.applied == 1
 
 
+def test_an_idle_core_is_woken_by_what_is_committed(
+    running: Callable[..., Running], database_url: str, keyring: Keyring, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("atlas.core.POLL_SECONDS", (60.0, 60.0))
+    monkeypatch.setattr("atlas.core.DEAF_SECONDS", 60.0)
+    core = running(reaper_seconds=60, heartbeat_seconds=30)
+    wait_for(lambda: core.ear.fd is not None, 10, "it listens")
+    # Another process of the same host, or of another one.
+    elsewhere = open_database(database_url)
+    documents = Documents(elsewhere, Queue(elsewhere, "api", 7), keyring, make_settings())
+    for number in range(5):
+        time.sleep(0.05)
+        taken = documents.submit(Submission(content=f"Text {number}", content_type="text/plain"))
+        core.wait(taken.id, "processed")
+    admission.dismiss(elsewhere, 7)
+    waiting = documents.submit(Submission(content="Waits", content_type="text/plain")).id
+    time.sleep(0.2)
+    assert core.status(waiting) == "queued"
+    admission.admit(elsewhere, 7)
+    core.wait(waiting, "processed")
+    elsewhere.close()
+
+
+def test_a_delayed_job_begins_when_it_is_due(
+    running: Callable[..., Running], store: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("atlas.core.POLL_SECONDS", (60.0, 60.0))
+    core = running(reaper_seconds=60)
+    wait_for(lambda: core.ear.fd is not None, 10, "it listens")
+    time.sleep(0.05)  # a ring so soon after another would be left out
+    with store.write() as connection:
+        job_id = core.queue.enqueue(connection, NewJob(delay_seconds=1))
+    wait_for(lambda: _state(core, job_id) == "done", 20, "the job is done")
+    job = core.queue.job(job_id)
+    assert job is not None and 0 <= job["finished_at"] - job["run_at"] < 5000
+
+
+def test_the_bell_rings_for_work_alone(store: Database, database_url: str) -> None:
+    queue, other = Queue(store, "w", 7), open_database(database_url)
+    ear = Ear(other)
+    assert ear.heard() and not ear.heard()
+
+    def rings() -> bool:
+        time.sleep(0.05)  # also because a ring so soon after another would be left out
+        return ear.heard()
+
+    assert not rings()
+    with store.write() as connection:
+        queue.enqueue(connection, NewJob())
+    assert rings() and not rings()
+    with other.write() as connection:
+        assert Queue(other, "v", 7).enqueue(connection, NewJob())
+    assert rings(), "also that of the same process"
+    (job,) = queue.claim()
+    queue.heartbeat([job])
+    queue.finish([Result(job)])
+    assert not rings()
+    with suppress(RuntimeError), store.write() as connection:
+        queue.enqueue(connection, NewJob())
+        raise RuntimeError
+    assert not rings()
+    ear.close()
+    other.close()
+
+
+def _cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def _events(core: Running, job_id: int) -> list[str]:
     job = core.queue.job(job_id)
     assert job is not None
@@ -286,12 +364,15 @@ def test_a_killed_core_loses_nothing(tmp_path: Path) -> None:
         deployment.close()
 
 
-def test_the_watchdog_of_a_stopped_core_starves(tmp_path: Path) -> None:
+def test_an_idle_core_rests_and_the_watchdog_of_a_stopped_one_starves(tmp_path: Path) -> None:
     deployment = Deployment(tmp_path)
     try:
         deployment.prepare()
         core, ear, port = deployment.start_ready("core", watchdog_seconds=1)
         wait_for(lambda: ear.count("WATCHDOG=1") >= 3, 10, "the watchdog is fed")
+        before = _cpu_seconds(core.pid)
+        time.sleep(3)
+        assert _cpu_seconds(core.pid) - before <= 0.15, "a look at the queue every 0.3 s, for the watchdog's sake"
         os.kill(core.pid, signal.SIGSTOP)
         time.sleep(0.3)
         since = time.monotonic()

@@ -57,6 +57,7 @@ def _set(database: Database, deployment: int, admitted: bool, concurrency: int |
             connection.execute(delete(leases).where(leases.c.deployment == deployment))
         done, detail = ("admitted", {"concurrency": concurrency}) if admitted else ("dismissed", None)
         audit.record(connection, audit.operator(), done, "deployment", deployment, detail=detail)
+        database.ring(connection)
     return True
 
 

@@ -134,6 +134,7 @@ class Database:
     def write(self) -> Iterator[Connection]:
         """A transaction: committed, durably, at the end of the block; rolled back if it raises."""
         with self._writer.connect() as connection:
+            connection.info.pop(BELL, None)
             with connection.begin():
                 yield connection
             if connection.info.pop(BELL, False):

@@ -37,9 +37,10 @@ class Ear:
             if self.fd is None:
                 self._open()
                 return True
-            if isinstance(self._source, psycopg.Connection):
-                return any(True for _ in self._source.notifies(timeout=0))
-            return bool(os.read(self.fd, 65536))
+            if self._source is None:
+                return bool(os.read(self.fd, 65536))
+            self._source.pgconn.consume_input()
+            return len(list(iter(self._source.pgconn.notifies, None))) > 0
         except BlockingIOError:
             return False
         except (psycopg.Error, SQLAlchemyError, OSError) as error:
