@@ -15,7 +15,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 -include make/*.mk
 
-.PHONY: help bootstrap up down vault test test-lab unit molecule
+.PHONY: help bootstrap up down vault test test-full test-lab unit molecule
 
 help: ## this list
 	@echo "make COMMAND:"
@@ -36,6 +36,13 @@ vault: bootstrap ## secrets of a real environment, at first use: ENV=production
 test: ## everything that a change must pass
 	@bin/bootstrap --tests
 	@$(MAKE) lint unit test-lab molecule
+
+# Sizes of `make test-full`; each test has a smaller one of its own (docs/testing.md).
+FULL_SIZES := ATLAS_CRASH_DOCUMENTS=2000 ATLAS_BLOCKED_JOBS=100000 ATLAS_EXAMPLES=1000
+
+test-full: ## the same at full size, then the bench, whose targets are reported
+	@$(FULL_SIZES) $(MAKE) test
+	@$(MAKE) bench
 
 test-lab: bootstrap ## a lab on this machine: raised, hurt in each named way, gone without a trace
 	@$(VENV)/bin/pytest -q tests/lab

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from cryptography.fernet import Fernet
+from hypothesis import settings as property_tests
 from scratch import Cluster, scratch_cluster, wait_for
 
 from atlas import migrations
@@ -18,6 +20,11 @@ from atlas.queue import Queue
 from atlas.settings import Settings
 
 __all__ = ["Cluster", "wait_for"]
+
+# The same examples in each run; how long one takes is the machine's affair.
+EXAMPLES = int(os.environ.get("ATLAS_EXAMPLES", "100"))
+property_tests.register_profile("atlas", max_examples=EXAMPLES, derandomize=True, deadline=None)
+property_tests.load_profile("atlas")
 
 
 @pytest.fixture(scope="session")
