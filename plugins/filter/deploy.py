@@ -14,7 +14,7 @@ import ansible.module_utils
 
 ansible.module_utils.__path__.append(str(Path(__file__).resolve().parent.parent / "module_utils"))
 
-from ansible.module_utils import deploy_plan, release  # noqa: E402
+from ansible.module_utils import canary, deploy_plan, deploy_status, release  # noqa: E402
 
 DOCUMENTATION = """
 name: deploy_plan
@@ -130,23 +130,69 @@ def _started(pid: int) -> str | None:
 
 
 def plan(
-    facts: deploy_plan.Facts, compared: deploy_plan.Facts, file: Mapping[str, Any], options: Mapping[str, Any]
+    facts: deploy_plan.Facts,
+    file: Mapping[str, Any],
+    options: Mapping[str, Any],
+    applied: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Return :func:`deploy_plan.plan` for this controller and moment."""
-    return deploy_plan.plan(facts, compared, file, options, controller(), is_dead, time.time())
+    return deploy_plan.plan(facts, file, {**options, "applied": applied or {}}, controller(), is_dead, time.time())
 
 
-def status(
-    facts: deploy_plan.Facts, compared: deploy_plan.Facts, hosts: Sequence[str], edges: Sequence[str]
+def play(hostvars: Mapping[str, Mapping[str, Any]] | None, name: str) -> list[str]:
+    """Return the hosts of the play *name* of a deploy, by what its plan and what happened so far say.
+
+    All of them where a playbook is only read, not run: there are no variables of hosts then.
+    """
+    if hostvars is None:
+        return ["all"]
+    everyone = {host: hostvars[host] for host in hostvars}
+    plans = [variables["__deploy_plan"] for variables in everyone.values() if "__deploy_plan" in variables]
+    if not plans:
+        return []
+    failures = [variables["__deploy_failure"] for variables in everyone.values() if "__deploy_failure" in variables]
+    touched = [host for host in plans[0]["hosts"] if everyone.get(host, {}).get("__deploy_touched")]
+    return deploy_plan.play_hosts(name, plans[0], failures, touched)
+
+
+def verdict(
+    hostvars: Mapping[str, Mapping[str, Any]], hosts: Sequence[str], limits: Mapping[str, float]
 ) -> dict[str, Any]:
-    """Return :func:`deploy_plan.status`."""
-    return deploy_plan.status(facts, compared, hosts, edges)
+    """Return :func:`canary.verdict` on what *hosts* have just watched, with its figures in words for people."""
+    everyone = {host: hostvars[host] for host in hosts}
+    plan_ = next(variables["__deploy_plan"] for variables in everyone.values() if "__deploy_plan" in variables)
+    watched = {host: variables.get("__deploy_watched") or {} for host, variables in everyone.items()}
+    before = {host: _before(hostvars[host]) for host in dict.fromkeys([*plan_["edges"], *plan_["hosts"]])}
+    found = canary.verdict(watched, before, (plan_["number"], plan_["old_number"]), limits)
+    return {**found, "told": canary.told(found)}
+
+
+def _before(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how the old deployment did since preflight, as a host or an edge saw it before the switch."""
+    drained = (variables.get("__deploy_drained") or {}).get("results") or []
+    counted = [(variables.get("__deploy_prepared") or {}).get("old"), *(result.get("old") for result in drained)]
+    after = (variables.get("__deploy_started") or {}).get("histogram") or {}
+    first = (variables.get("__deploy_facts") or {}).get("histogram") or {}
+    return {
+        "edge": canary.combine(each for each in counted if each),
+        "app": {bound: value - first.get(bound, 0) for bound, value in after.items()},
+    }
+
+
+def changes(facts: deploy_plan.Facts, plan_: Mapping[str, Any]) -> list[str]:
+    """Return :func:`deploy_plan.changes`."""
+    return deploy_plan.changes(facts, plan_)
+
+
+def status(facts: deploy_plan.Facts, hosts: Sequence[str], edges: Sequence[str]) -> dict[str, Any]:
+    """Return :func:`deploy_status.status`."""
+    return deploy_status.status(facts, hosts, edges)
 
 
 def returned(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Return the hosts whose result of an undo (atlas_slot) says that it was done."""
     bad = ("failed", "unreachable", "skipped")
-    return [host for host, result in results.items() if not any(result.get(key) for key in bad)]
+    return [host for host, result in results.items() if result and not any(result.get(key) for key in bad)]
 
 
 class FilterModule:
@@ -157,8 +203,12 @@ class FilterModule:
         return {
             "release_file": release_file,
             "deploy_plan": plan,
+            "deploy_asks_schema": deploy_plan.asks_schema,
             "deploy_summary": deploy_plan.summary,
+            "deploy_changes": changes,
+            "deploy_play": play,
+            "deploy_verdict": verdict,
             "deploy_status": status,
             "deploy_returned": returned,
-            "deploy_table": deploy_plan.table,
+            "deploy_table": deploy_status.table,
         }

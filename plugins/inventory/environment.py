@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import ansible.module_utils
 import yaml
-from ansible import context
+from ansible import context  # type: ignore[attr-defined]
 from ansible.errors import AnsibleError
 from ansible.parsing.vault import VaultLib, VaultSecret
 from ansible.plugins.inventory import BaseInventoryPlugin

@@ -2,7 +2,7 @@
 
 Owns the paths and rules that the deploy modules share, with the standard library alone. The slot in service is the one
 whose ``atlas@SLOT.target`` is enabled; a slot is a symbolic link to a deployment. While a deploy changes a host, the file
-``transaction.json`` tells what it was before, so that any later run can return it.
+``transaction.json`` tells what it was before, so that any later run can return it. The journal is also kept on edges.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import shutil
 import ssl
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,10 +29,13 @@ SLOTS = ("blue", "green")
 SERVICES = ("api", "core", "services", "monitoring")
 API_PORTS = {"blue": 8101, "green": 8102}
 MONITORING_PORTS = {"blue": 8111, "green": 8112}
+POLL_SECONDS = 0.25
 HEARTBEAT_SECONDS = 15.0
 """A worker whose last heartbeat is older than this does not count as alive."""
 CRASHES = 3
 """A service that systemd restarted this often while it was waited for will not come up."""
+JOURNAL_ENTRIES = 5000
+"""A journal that is longer loses its older half when a deploy is finished."""
 
 
 class HostError(Exception):
@@ -214,6 +218,7 @@ class Host:
 
     def record(self, event: str, **details: Any) -> None:
         """Append *event* to the journal."""
+        self.state.mkdir(mode=0o700, exist_ok=True)
         line = json.dumps({"at": now(), "event": event, **details}, sort_keys=True) + "\n"
         handle = os.open(self.state / "journal.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         try:
@@ -222,10 +227,47 @@ class Host:
         finally:
             os.close(handle)
 
+    @contextmanager
+    def recorded(self, event: str, phase: str, **details: Any) -> Iterator[dict[str, Any]]:
+        """Append *event* to the journal when the block ends, with *phase*, outcome (ok or failed) and seconds.
+
+        What the block adds to the dictionary that it gets is recorded too.
+        """
+        began, entry = time.monotonic(), dict(details)
+
+        def close(outcome: str, **more: Any) -> None:
+            seconds = round(time.monotonic() - began, 3)
+            self.record(event, phase=phase, outcome=outcome, seconds=seconds, **entry, **more)
+
+        try:
+            yield entry
+        except Exception as error:
+            close("failed", message=str(error)[:500])
+            raise
+        close("ok")
+
+    def trim(self) -> None:
+        """Keep the journal from growing for ever."""
+        lines = (self.state / "journal.jsonl").read_text().splitlines(keepends=True)
+        if len(lines) > JOURNAL_ENTRIES:
+            write_atomically(self.state / "journal.jsonl", "".join(lines[-JOURNAL_ENTRIES // 2 :]), 0o600)
+
     def good(self) -> list[int]:
-        """Return the deployments that were in service to the end of their deploy, oldest first."""
-        finished = [entry["deployment"] for entry in self.journal() if entry.get("event") == "finished"]
-        return list(dict.fromkeys(reversed([int(number) for number in finished])))[::-1]
+        """Return the deployments that were in service to the end of their deploy, oldest first.
+
+        One that was left by a rollback is good no longer, until it is brought into service again.
+        """
+        found: list[int] = []
+        for entry in self.journal():
+            if entry.get("event") == "finished" and entry.get("outcome", "ok") == "ok":
+                gone = {int(entry["deployment"]), entry.get("rolled_back")}
+                found = [number for number in found if number not in gone] + [int(entry["deployment"])]
+        return found
+
+    def abandoned(self) -> int | None:
+        """Return the deployment that the last rollback left, if nothing was brought into service since."""
+        last = [entry for entry in self.journal() if entry.get("event") == "finished"][-1:]
+        return last[0].get("rolled_back") if last else None
 
     def highest(self) -> int:
         """Return the highest deployment number ever used on this host, 0 for none."""
@@ -238,8 +280,11 @@ class Host:
 
     def show(self, names: Sequence[str]) -> dict[str, dict[str, str]]:
         """Return unit → properties of the units *names*, from one call of systemctl."""
-        properties = "Id,LoadState,ActiveState,SubState,MainPID,NRestarts,Result,ExecMainStatus,ActiveEnterTimestamp,MemoryCurrent"
-        done = self.run(["systemctl", "show", "--property", properties, *names])
+        properties = (
+            "Id,LoadState,ActiveState,SubState,MainPID,NRestarts,Result,ExecMainStatus,ExecMainStartTimestamp,"
+            "FragmentPath,DropInPaths,MemoryCurrent"
+        )
+        done = self.run(["systemctl", "show", "--timestamp=unix", "--property", properties, *names])
         if done.status:
             raise HostError(f"systemctl show failed: {done.errors.strip()}")
         return parse_show(done.output)
@@ -270,15 +315,15 @@ class Host:
     def begin(self, transaction: Mapping[str, Any]) -> None:
         """Record what the host is before its first change, once per deploy."""
         if self.transaction().get("deploy") != transaction["deploy"]:
-            write_atomically(
-                self.state / "transaction.json", json.dumps(dict(transaction), sort_keys=True) + "\n", 0o600
-            )
-            self.record(
-                "switching",
-                deploy=transaction["deploy"],
-                deployment=transaction["deployment"],
-                slot=transaction["slot"],
-            )
+            self._write_transaction(transaction)
+
+    def note(self, **more: Any) -> None:
+        """Add *more* to the transaction, if there is one."""
+        if was := self.transaction():
+            self._write_transaction({**was, **more})
+
+    def _write_transaction(self, content: Mapping[str, Any]) -> None:
+        write_atomically(self.state / "transaction.json", json.dumps(dict(content), sort_keys=True) + "\n", 0o600)
 
     def end(self) -> None:
         """Forget the transaction."""
@@ -291,6 +336,36 @@ class Host:
         return [
             name for name in units(slot) if shown.get(name, {}).get("ActiveState") not in ("inactive", "failed", None)
         ]
+
+    def processes(self, slot: str) -> dict[str, str]:
+        """Return unit → main process of the four units of *slot*; a restarted unit has another one."""
+        shown = self.show(units(slot))
+        return {name: shown.get(name, {}).get("MainPID", "0") for name in units(slot)}
+
+    def cool(self, slot: str, seconds: float) -> None:
+        """Have systemd stop *slot*, which stays warm until then, in so many *seconds*, whoever is there to ask for it."""
+        self.keep_warm(slot)
+        stop = ["/usr/bin/systemctl", "stop", "--no-block", *units(slot)]
+        timer = f"--unit={_cooling(slot)}", f"--on-active={seconds:g}", "--timer-property=AccuracySec=1s"
+        done = self.run(["systemd-run", "--quiet", "--collect", *timer, "--", *stop])
+        if done.status:
+            raise HostError(f"slot {slot} cannot be told to stop later: {done.errors.strip()}")
+        write_atomically(self.state / f"warm-{slot}.json", json.dumps({"until": int(time.time() + seconds)}) + "\n")
+
+    def keep_warm(self, slot: str) -> None:
+        """Take back what :meth:`cool` ordered for *slot*."""
+        self.run(["systemctl", "stop", f"{_cooling(slot)}.timer"])
+        (self.state / f"warm-{slot}.json").unlink(missing_ok=True)
+
+    def warm_until(self, slot: str) -> int | None:
+        """Return the Unix time at which *slot* is stopped, if that was ordered."""
+        until = read_json(self.state / f"warm-{slot}.json").get("until")
+        return int(until) if until else None
+
+    def serves(self, slot: str) -> bool:
+        """Tell whether all services of *slot* are active, and none of them is on its way out."""
+        shown = self.show(units(slot))
+        return all(shown.get(name, {}).get("ActiveState") == "active" for name in units(slot))
 
     def stop(self, slot: str, timeout: float) -> bool:
         """Stop the services of *slot* by name and wait until all have ended; tell whether any had to be."""
@@ -348,10 +423,10 @@ class Host:
     def prune(self, keep: int, dry: bool = False) -> list[str]:
         """Remove deployments beyond the newest *keep* good ones, and releases that no deployment needs; return what went.
 
-        What a slot points at, what is in service and the last good deployment before it always stay.
+        What a slot points at, the last good deployment, and what a rollback has just left always stay.
         """
         good = self.good()
-        kept = {*good[-max(keep, 2) :], *(number for number in self.slots().values() if number is not None)}
+        kept = {*good[-max(keep, 2) :], *self.slots().values(), self.abandoned()}
         gone = [f"deployments/{number}" for number in self.deployments() if number not in kept]
         needed = {str(content.get("release")) for number, content in self.deployments().items() if number in kept}
         gone += [f"releases/{release}" for release in self.releases() if release not in needed]
@@ -366,7 +441,7 @@ class Host:
     # Health
 
     def wait_healthy(self, gate: Gate, timeout: float, minimum: float, began: float | None = None) -> float:
-        """Wait until *gate* finds no fault for *minimum* seconds without a restart; return the seconds it took.
+        """Wait until *gate* finds no fault, and none of its quick ones for *minimum* seconds; return the seconds it took.
 
         *began* is the Unix time at which the services were started, if they were: nothing older is shown of their logs.
         Raises :class:`HostError` with the fault and the guilty unit's log after *timeout* seconds, or at once if a service
@@ -378,13 +453,16 @@ class Host:
         processes: list[str] = []
         while True:
             shown = self.show(units(gate.slot))
-            fault = gate.fault(shown)
             current = [shown.get(name, {}).get("MainPID", "0") for name in units(gate.slot)]
+            due = since is None or current != processes or time.monotonic() - since >= minimum
+            fault = gate.fault(shown) if due else gate.quick_fault(shown)
             if fault is None and current == processes and since is not None:
-                if time.monotonic() - since >= minimum:
+                if due:
                     return time.time() - began
             else:
                 since = None if fault else time.monotonic()
+                if fault is None and not minimum:
+                    return time.time() - began
             processes = current
             for name in units(gate.slot):
                 restarts = int(shown.get(name, {}).get("NRestarts") or 0)
@@ -393,15 +471,44 @@ class Host:
             if time.monotonic() > deadline:
                 guilty, message = fault or (unit("api", gate.slot), "its processes do not stay the same")
                 raise HostError(f"{guilty}: {message}; not healthy within {timeout:g} s.", self.log(guilty, began))
-            time.sleep(0.2)
+            time.sleep(POLL_SECONDS)
+
+    def look_after(self, gate: Gate, processes: Mapping[str, str], began: float) -> None:
+        """Raise :class:`HostError` if a unit of *gate*'s slot is not active with the main process it has in *processes*."""
+        shown = self.show(units(gate.slot))
+        for name in units(gate.slot):
+            properties = shown.get(name, {})
+            if properties.get("ActiveState") != "active" or properties.get("MainPID") != processes.get(name):
+                how = (
+                    f"is {properties.get('ActiveState')}" if properties.get("ActiveState") != "active" else "restarted"
+                )
+                raise HostError(f"{name} {how} after it had been healthy.", self.log(name, began))
+
+
+def changed_since_start(shown: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """Return the active units of *shown* whose unit files are younger than their processes."""
+    found = []
+    for name, properties in shown.items():
+        if properties.get("ActiveState") != "active":
+            continue
+        started = float(properties.get("ExecMainStartTimestamp", "").removeprefix("@") or 0)
+        paths = [properties.get("FragmentPath", ""), *properties.get("DropInPaths", "").split()]
+        if started and any(Path(path).stat().st_mtime > started + 1 for path in paths if path and Path(path).exists()):
+            found.append(name)
+    return found
+
+
+def _cooling(slot: str) -> str:
+    return f"atlas-cooling-{slot}"
 
 
 class Answer(NamedTuple):
-    """An HTTP answer: status (0: none), headers with lower-case names, JSON body ({} if it is none)."""
+    """An HTTP answer: status (0: none), headers with lower-case names, JSON body ({} if it is none), and its text."""
 
     status: int
     headers: dict[str, str]
     body: dict[str, Any]
+    text: str = ""
 
 
 def get(
@@ -426,11 +533,13 @@ def get(
         body = json.loads(content)
     except ValueError:
         body = {}
-    return Answer(response.status, headers, body if isinstance(body, dict) else {})
+    text = content.decode(errors="replace")
+    return Answer(response.status, headers, body if isinstance(body, dict) else {}, text)
 
 
 class Gate:
-    """The health gate of one slot: units active, ``/readyz`` says so with the right release, heartbeats of the deployment."""
+    """The health gate of one slot: units active, ``/readyz`` says so with the right release, heartbeats of the deployment,
+    and a job of its own came through its workers."""
 
     def __init__(
         self, slot: str, deployment: int, release: str, host: str, ask: Callable[[int, str], Answer] = get
@@ -439,6 +548,10 @@ class Gate:
 
     def fault(self, shown: Mapping[str, Mapping[str, str]]) -> tuple[str, str] | None:
         """Return (guilty unit, what is wrong), or None if all is well. *shown* is the state of the four units."""
+        return self.quick_fault(shown) or self._workers() or self._probe()
+
+    def quick_fault(self, shown: Mapping[str, Mapping[str, str]]) -> tuple[str, str] | None:
+        """Return what units and ``/readyz`` alone say."""
         for name in units(self.slot):
             state = shown.get(name, {}).get("ActiveState", "missing")
             if state != "active":
@@ -450,6 +563,9 @@ class Gate:
         release = ready.headers.get("x-atlas-release", "nothing")
         if release != self.release:
             return api, f"answers as release {release}, expected {self.release}"
+        return None
+
+    def _workers(self) -> tuple[str, str] | None:
         workers = self.ask(API_PORTS[self.slot], "/health").body.get("workers") or []
         for service in ("core", "services"):
             ages = [
@@ -462,6 +578,15 @@ class Gate:
             ]
             if not ages or min(ages) > HEARTBEAT_SECONDS:
                 return unit(service, self.slot), f"/health shows no live heartbeat of deployment {self.deployment}"
+        return None
+
+    def _probe(self) -> tuple[str, str] | None:
+        metrics = self.ask(MONITORING_PORTS[self.slot], "/metrics").text
+        found = re.search(r"^atlas_probe_success (\S+)$", metrics, re.MULTILINE)
+        if found is None:
+            return unit("core", self.slot), "its workers have not yet done the job that monitoring sends through them"
+        if float(found[1]) != 1:
+            return unit("core", self.slot), "its workers failed at the job that monitoring sends through them"
         return None
 
 

@@ -1,4 +1,4 @@
-"""What a deploy does, decided from what its hosts say: findings that forbid it, the slots, the number, what to clean up first.
+"""What a deploy or a rollback does, decided from what its hosts say: findings that forbid it, what to clean up first, the mode.
 
 Pure: everything comes in as data, nothing is read or changed. Used by the filters of the same names.
 """
@@ -6,12 +6,21 @@ Pure: everything comes in as data, nothing is read or changed. Used by the filte
 from __future__ import annotations
 
 import datetime
+import difflib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 SUPPORTED_DEBIAN = ("12", "13")
-CERTIFICATE_DAYS = 14
+MODES = {
+    "nothing": "what is wanted is in service",
+    "tidy": "only what an earlier deploy left is put right",
+    "join": "hosts without it get the deployment that is in service",
+    "deploy": "a new deployment for all hosts",
+    "rollback": "a retained deployment for all hosts",
+}
 Facts = Mapping[str, Mapping[str, Any]]
+Options = Mapping[str, Any]
 
 
 def when(moment: float) -> str:
@@ -26,126 +35,368 @@ def other(slot: str) -> str:
 
 def plan(
     facts: Facts,
-    compared: Facts,
     release: Mapping[str, Any],
-    options: Mapping[str, Any],
+    options: Options,
     controller: Mapping[str, str],
     is_dead: Callable[[str], bool],
     now: float,
 ) -> dict[str, Any]:
-    """Return the plan of a deploy.
+    """Return the plan of a deploy, or of a rollback where ``options.rollback`` is set.
 
-    *facts*: host → result of atlas_facts. *compared*: app host → result of atlas_deployment (state compared).
-    *release*: result of :func:`release_file`. *options*: hosts, edges, databases, strategy, force, unlock, disk_mb,
-    memory_mb, inventory, credentials (names). *controller*: holder, process, deploy. *is_dead* tells of a lease's process
-    whether it is certainly gone. *now*: Unix time.
+    *facts*: host → result of atlas_facts. *release*: result of :func:`release_file`; unused by a rollback. *options*: see
+    ``__deploy_options`` of the role deploy. *controller*: holder, process, deploy, began. *is_dead* tells of a lease's
+    process whether it is certainly gone. *now*: Unix time.
     """
-    hosts, edges = list(options["hosts"]), list(options["edges"])
-    leases = {edge: dict(facts.get(edge, {}).get("edge", {}).get("lease") or {}) for edge in edges}
+    fleet = Fleet(facts, options)
+    leases = {edge: dict(facts[edge]["edge"].get("lease") or {}) for edge in fleet.edges}
     replaces = {
         edge: str(lease["deploy"])
         for edge, lease in leases.items()
         if lease and _may_replace(lease, options, is_dead, now)
     }
-    open_on = {host: facts[host]["transaction"] for host in hosts if facts.get(host, {}).get("transaction")}
-    findings = [
-        *_options(options),
-        *([release["error"]] if release.get("error") else []),
-        *_hosts(facts, options),
-        *_edges(facts, leases, replaces, edges, interrupted=bool(open_on)),
-    ]
+    cleanup = undo(fleet, interrupted=bool(fleet.open_on) or bool(replaces))
     result: dict[str, Any] = {
-        "findings": list(dict.fromkeys(findings)),
-        "release": dict(release),
         **controller,
         "replaces": replaces,
+        "undo": cleanup,
+        "edges": fleet.edges,
+        "missing": fleet.missing,
+        "missing_edges": fleet.missing_edges,
+        "current": fleet.current,
+        "first": fleet.home is None,
+        "old_slot": fleet.home,
+        "old_number": fleet.number,
+        "rolled_back": None,
+        "reached": fleet.hosts,
     }
-    reached = [host for host in hosts if "slots" in facts.get(host, {})]
-    result["undo"] = undo(facts, open_on, reached, edges, interrupted=bool(open_on) or bool(replaces))
-    active = next(
-        (facts[edge]["edge"]["memory"] for edge in edges if facts.get(edge, {}).get("edge", {}).get("memory")), None
-    )
-    active = str(active or "be_blue").removeprefix("be_")
-    if result["undo"]["traffic_to"]:
-        active = result["undo"]["traffic_to"]
-    serving = [host for host in reached if facts[host]["slot"] is not None]
-    rolling = options["strategy"] == "rolling" and len(hosts) > 1 and bool(serving)
-    current = {host: facts[host]["slots"].get(facts[host]["slot"]) if facts[host]["slot"] else None for host in reached}
-    # What an unfinished deploy left is not what serves after it was undone.
-    current |= {
-        host: was["slots"].get(was["in_service"]) if was["in_service"] else None for host, was in open_on.items()
-    }
-    result |= {
-        "number": max([0, *(int(facts[host]["highest"]) for host in reached)]) + 1,
-        "rolling": rolling,
-        "slot": active if rolling or not serving else other(active),
-        "old_slot": active if serving else None,
-        "current": current,
-        "first": not serving,
-        "old_numbers": sorted({number for number in current.values() if number is not None}),
-    }
-    same = all(compared.get(host, {}).get("unchanged") for host in hosts) and len(set(current.values())) == 1
-    result["nothing_to_do"] = (
-        same
-        and not findings
-        and not result["undo"]["needed"]
-        and not options["force"]
-        and all(_serves(facts[host]) for host in hosts)
-        and all(facts[host]["slot"] == active for host in hosts)
-        and all(not lease for lease in leases.values())
-    )
+    findings = [
+        *_options(options),
+        *_reachable(facts, options, fleet),
+        *_hosts(facts, options, fleet),
+        *_edges(facts, fleet, leases, replaces, options, cleanup),
+        *_clocks(facts, options, now),
+    ]
+    if options.get("rollback"):
+        findings += _rollback(result, fleet, options)
+    else:
+        findings += [release["error"]] if release.get("error") else []
+        _deploy(result, fleet, release, options)
+    findings += schema_findings(result, fleet, options)
+    result["findings"] = list(dict.fromkeys(findings))
     return result
 
 
-def undo(
-    facts: Facts,
-    open_on: Mapping[str, Mapping[str, Any]],
-    hosts: Sequence[str],
-    edges: Sequence[str],
-    interrupted: bool,
-) -> dict[str, Any]:
-    """Return what a deploy that did not end needs: per host forward (it was past the point of no return) or back.
+class Fleet:
+    """Who answered, and what they have in service once what a killed deploy left is cleaned up.
 
-    Once one host has finished a deployment, the others finish it too: traffic already goes there. *hosts* in the result
-    are all that need a look, also those that an edge had drained before anything changed on them.
+    *hosts* and *edges* answered, *missing* and *missing_edges* did not. *open_on*: host → record of an unfinished deploy.
+    *home*: the slot in service, None before the first deploy. *current*: host → its deployment in service. *number*: the
+    deployment in service on most hosts.
     """
-    numbers = {int(was["deployment"]) for was in open_on.values()}
-    finished = [host for host in hosts if facts[host]["good"][-1:] and facts[host]["good"][-1] in numbers]
-    enabled = [host for host, was in open_on.items() if facts[host]["slot"] == was["slot"] != was["in_service"]]
-    forward = bool(finished or enabled)
-    back_to = {str(was["in_service"]) for was in open_on.values() if was.get("in_service")}
-    switched = any(was["slot"] != was["in_service"] for was in open_on.values())
-    drained = _out_of_rotation(facts, edges)
+
+    def __init__(self, facts: Facts, options: Options) -> None:
+        self.facts = facts
+        self.hosts = [host for host in options["hosts"] if answered(facts, host)]
+        self.edges = [edge for edge in options["edges"] if answered(facts, edge)]
+        self.missing = [host for host in options["hosts"] if host not in self.hosts]
+        self.missing_edges = [edge for edge in options["edges"] if edge not in self.edges]
+        self.owed: dict[str, Any] = {}
+        for edge in self.edges:
+            self.owed |= facts[edge]["edge"].get("owed") or {}
+        self.open_on = {host: dict(facts[host]["transaction"]) for host in self.hosts if facts[host]["transaction"]}
+        numbers = {int(was["deployment"]) for was in self.open_on.values()}
+        finished = [h for h in self.hosts if facts[h]["good"][-1:] and facts[h]["good"][-1] in numbers]
+        enabled = [
+            host for host, was in self.open_on.items() if facts[host]["slot"] == was["slot"] != was["in_service"]
+        ]
+        # Once one host has finished a deployment the others finish it too: traffic already goes there.
+        self.forward = bool(self.open_on) and bool(finished or enabled)
+        self.slot = {host: self._slot(host) for host in self.hosts}
+        self.current = {host: self._current(host) for host in self.hosts}
+        self.home = self._home()
+        at_home = [n for host, n in self.current.items() if n is not None and self.slot[host] == self.home]
+        self.number = _most_common(at_home)
+
+    def _slot(self, host: str) -> str | None:
+        was = self.open_on.get(host)
+        found = self.facts[host]["slot"] if was is None else was["slot"] if self.forward else was["in_service"]
+        return None if found is None else str(found)
+
+    def _current(self, host: str) -> int | None:
+        was = self.open_on.get(host)
+        if was is not None and self.forward:
+            return int(was["deployment"])
+        slots = self.facts[host]["slots"] if was is None else was["slots"]
+        number = slots.get(self.slot[host]) if self.slot[host] else None
+        return None if number is None else int(number)
+
+    def _home(self) -> str | None:
+        """Return the slot in service: what app hosts say that are not owed a deployment, and among those what edges say."""
+        votes = [slot for host, slot in self.slot.items() if slot and host not in self.owed] or [
+            slot for slot in self.slot.values() if slot
+        ]
+        if not votes:
+            return None
+        named = [str(self.facts[edge]["edge"].get("memory")).removeprefix("be_") for edge in self.edges]
+        told = [slot for slot in named if slot in votes]
+        found = _most_common(told) or _most_common(votes)
+        return None if found is None else str(found)
+
+    def out_of_rotation(self) -> set[str]:
+        """Return the hosts that an edge keeps out of the slot in service: a deploy that ended did not leave them so."""
+        found = set()
+        for edge in self.edges:
+            for name, value in (self.facts[edge]["edge"].get("servers") or {}).items():
+                backend, server = name.split("/", 1)
+                if backend == f"be_{self.home}" and value.startswith(("MAINT", "DRAIN")):
+                    found.add(server)
+        return found
+
+    def astray(self) -> list[str]:
+        """Return the edges that do not send traffic to the slot in service, by their map's file or memory."""
+        wanted = f"be_{self.home}"
+        return [
+            edge
+            for edge in self.edges
+            if self.home
+            and not self.facts[edge]["edge"].get("error")
+            and {self.facts[edge]["edge"].get("memory"), self.facts[edge]["edge"].get("file")} != {wanted}
+        ]
+
+    def settled(self, host: str) -> bool:
+        """Tell whether *host* serves the deployment that is in service, by units that run what site.yml installed."""
+        fact = self.facts[host]
+        return (
+            host not in self.open_on
+            and host not in self.owed
+            and self.slot[host] == self.home
+            and self.current[host] == self.number
+            and serves(fact)
+            and not fact["stale_units"]
+        )
+
+
+def answered(facts: Facts, host: str) -> bool:
+    """Tell whether *host* answered."""
+    return "slots" in facts.get(host, {})
+
+
+def _most_common(values: Sequence[Any]) -> Any:
+    """Return the most frequent of *values*, the greatest of equals, or None."""
+    counted = Counter(values)
+    return max(counted, key=lambda value: (counted[value], value)) if counted else None
+
+
+def serves(fact: Mapping[str, Any]) -> bool:
+    """Tell whether all services of the slot in service run, and the API is ready."""
+    ready = fact.get("ready") or {}
+    return ready.get("status") == 200 and all(
+        state["state"] == "active" for name, state in fact["units"].items() if f"@{fact['slot']}." in name
+    )
+
+
+def undo(fleet: Fleet, interrupted: bool) -> dict[str, Any]:
+    """Return what a deploy that did not end needs, and edges or hosts that are not where they belong.
+
+    *hosts*: all that need a look, also those that an edge had drained before anything changed on them. *forward*: the
+    deploy was past the point of no return there. *traffic_to*: the slot that the edges have to name, where one does not.
+    """
+    drained = fleet.out_of_rotation() - fleet.owed.keys()
+    hosts = [host for host in fleet.hosts if host in fleet.open_on or host in drained]
+    astray = fleet.astray()
     return {
-        "needed": interrupted or bool(drained & set(hosts)),
-        "hosts": [host for host in hosts if host in open_on or host in drained],
-        "switch_to": sorted(back_to)[0] if back_to and switched and not forward else None,
-        "forward": sorted(open_on) if forward else [],
-        "back": [] if forward else sorted(open_on),
-        "traffic_to": sorted(back_to)[0] if back_to and not forward else None,
-        "transactions": {host: dict(was) for host, was in open_on.items()},
+        "needed": interrupted or bool(hosts) or bool(astray),
+        "interrupted": interrupted,
+        "hosts": hosts,
+        "forward": sorted(fleet.open_on) if fleet.forward else [],
+        "traffic_to": fleet.home if astray else None,
+        "astray": astray,
+        "transactions": fleet.open_on,
+        "slot": fleet.home,
+        "number": fleet.number,
     }
 
 
-def _out_of_rotation(facts: Facts, edges: Sequence[str]) -> set[str]:
-    """Return the hosts that an edge keeps out of the backend in service: a deploy that ended did not leave them so."""
-    found = set()
-    for edge in edges:
-        state = facts.get(edge, {}).get("edge", {})
-        for name, value in (state.get("servers") or {}).items():
-            backend, server = name.split("/", 1)
-            if backend == state.get("memory") and value.startswith(("MAINT", "DRAIN")):
-                found.add(server)
+# What is to be done
+
+
+def _deploy(result: dict[str, Any], fleet: Fleet, release: Mapping[str, Any], options: Options) -> None:
+    """Add to *result* mode, hosts, number and slots of a deploy of *release*."""
+    facts = fleet.facts
+    same = [
+        host
+        for host in fleet.hosts
+        if fleet.settled(host) and facts[host]["as_inventory"] and facts[host]["digest"] == release.get("digest")
+    ]
+    todo = [host for host in fleet.hosts if host not in same]
+    revisions = (release.get("schema") or {}).get("revisions", [])
+    contract = bool(options["contract"] and set(revisions) - set(options.get("applied") or {}))
+    if options["force"] or contract or not same:
+        mode, hosts = "deploy", fleet.hosts
+    elif todo:
+        mode, hosts = "join", todo
+    else:
+        mode, hosts = ("tidy" if result["undo"]["needed"] else "nothing"), []
+    # With nobody left to serve meanwhile, a host is never taken out of rotation first.
+    rolling = mode == "join" or (
+        mode == "deploy" and options["strategy"] == "rolling" and fleet.home is not None and len(hosts) > 1
+    )
+    slot = fleet.home or first_slot(fleet)
+    if mode == "deploy" and fleet.home and not rolling:
+        slot = other(slot)
+    result |= {
+        "mode": mode,
+        "hosts": hosts,
+        "number": highest(fleet) + 1 if mode == "deploy" else fleet.number,
+        "rolling": rolling,
+        "slot": slot,
+        "watch_first": mode == "deploy" and rolling and len(options["steps"]) > 1,
+        "warm": False,
+        "contract": contract,
+        "release": dict(release),
+        "nothing_to_do": mode == "nothing",
+    }
+
+
+def first_slot(fleet: Fleet) -> str:
+    """Return the slot that a first deploy fills: the one that the edges name."""
+    named = [str(fleet.facts[edge]["edge"].get("file")).removeprefix("be_") for edge in fleet.edges]
+    return str(_most_common([name for name in named if name in ("blue", "green")]) or "blue")
+
+
+def highest(fleet: Fleet) -> int:
+    """Return the highest deployment number that a host has used."""
+    return max([0, *(int(fleet.facts[host]["highest"]) for host in fleet.hosts)])
+
+
+def retained(fleet: Fleet) -> dict[int, dict[str, Any]]:
+    """Return number → deployment.json of all deployments that are on some host."""
+    found: dict[int, dict[str, Any]] = {}
+    for host in fleet.hosts:
+        found |= {int(number): dict(content) for number, content in fleet.facts[host]["deployments"].items()}
     return found
 
 
-def _may_replace(
-    lease: Mapping[str, Any], options: Mapping[str, Any], is_dead: Callable[[str], bool], now: float
-) -> bool:
+def last_good(fleet: Fleet) -> int | None:
+    """Return the deployment before the one in service that was good to the end of its deploy and is on all hosts."""
+    chains = [fleet.facts[host]["good"] for host in fleet.hosts]
+    for number in reversed(max(chains, key=len, default=[])):
+        has = [host for host in fleet.hosts if str(number) in fleet.facts[host]["deployments"]]
+        if number != fleet.number and has and all(number in fleet.facts[host]["good"] for host in has):
+            return int(number)
+    return None
+
+
+def _rollback(result: dict[str, Any], fleet: Fleet, options: Options) -> list[str]:
+    """Add to *result* mode, hosts, number and slots of a rollback; return what forbids it."""
+    wanted = options["rollback"].get("deployment")
+    number = int(wanted) if wanted else last_good(fleet)
+    known = retained(fleet)
+    kept = ", ".join(map(str, sorted(set(known) - {fleet.number}))) or "none"
+    found = []
+    if number is None:
+        found.append("There is no earlier deployment that was good to its end: nothing to roll back to.")
+    elif number not in known:
+        found.append(f"Deployment {number} is not on the hosts any more; retained besides the one in service: {kept}.")
+    elif number == fleet.number and not result["undo"]["needed"]:
+        found.append(f"Deployment {number} is in service already; retained besides it: {kept}.")
+    hosts = [host for host in fleet.hosts if str(number) in fleet.facts[host]["deployments"]]
+    lacking = [host for host in fleet.hosts if host not in hosts]
+    if number in known and lacking:
+        found += _quorum(options, hosts, [f"{host} does not have deployment {number}" for host in lacking])
+    target = other(fleet.home) if fleet.home else "blue"
+    warm = bool(hosts) and all(
+        fleet.facts[host]["slots"].get(target) == number and target in fleet.facts[host]["running"] for host in hosts
+    )
+    rolling = options["strategy"] == "rolling" and len(hosts) > 1 and not warm
+    content = known.get(number or 0, {})
+    result |= {
+        "mode": "rollback",
+        "hosts": hosts,
+        "missing": [*fleet.missing, *lacking],
+        "number": number,
+        "rolling": rolling,
+        "slot": fleet.home if rolling else target,
+        "warm": warm,
+        "watch_first": False,
+        "contract": False,
+        "rolled_back": fleet.number,
+        "release": {
+            "id": content.get("release"),
+            "version": content.get("version"),
+            "digest": content.get("digest"),
+            "schema": content.get("schema") or {},
+            "path": "on the hosts",
+        },
+        "nothing_to_do": False,
+    }
+    return found
+
+
+# Schema
+
+
+def asks_schema(facts: Facts, release: Mapping[str, Any], options: Options) -> dict[str, Any]:
+    """Return host, slot and number of a deployment whose ``db status`` has to be asked for the schema.
+
+    Nothing where the answer cannot matter.
+
+    It matters for a release that lacks a revision which some deployment on the hosts has, and before contract revisions.
+    """
+    fleet = Fleet(facts, options)
+    if fleet.number is None or release.get("error"):
+        return {}
+    if options.get("rollback"):
+        number = options["rollback"].get("deployment") or last_good(fleet)
+        schema = retained(fleet).get(int(number or 0), {}).get("schema") or {}
+    else:
+        schema = release.get("schema") or {}
+    mine = set(schema.get("revisions", []))
+    theirs: set[str] = set()
+    for content in retained(fleet).values():
+        theirs |= set((content.get("schema") or {}).get("revisions", []))
+    if not options["contract"] and not theirs - mine:
+        return {}
+    host = next(host for host, number in fleet.current.items() if number == fleet.number)
+    return {"host": host, "slot": fleet.slot[host], "number": fleet.number}
+
+
+def schema_findings(result: Mapping[str, Any], fleet: Fleet, options: Options) -> list[str]:
+    """Return why the schema forbids the plan *result*; ``options.applied`` has revision → phase, if it was asked for."""
+    applied: Mapping[str, str] = options.get("applied") or {}
+    release = result["release"]
+    mine = (release.get("schema") or {}).get("revisions", [])
+    gap = [revision for revision, phase in applied.items() if phase == "contract" and revision not in mine]
+    found = []
+    if gap and mine:
+        found.append(
+            f"Release {release['id']} cannot serve on the database: it does not know the contract revision {', '.join(gap)}, "
+            "which took away what it needs. Deploy a release that has it."
+        )
+    if not options["contract"]:
+        return found
+    pending = [revision for revision in mine if revision not in applied]
+    for number, content in sorted(retained(fleet).items()):
+        known = (content.get("schema") or {}).get("revisions", [])
+        lacks = [revision for revision in pending if revision not in known]
+        if lacks:
+            on = [host for host in fleet.hosts if str(number) in fleet.facts[host]["deployments"]]
+            found.append(
+                f"Contract migrations would take from deployment {number} (release {content.get('release')}, on {', '.join(on)}) "
+                f"the schema that it needs: it does not know revision {', '.join(lacks)}. Deploy newer releases until it is no "
+                "longer retained (deploy_keep), then contract."
+            )
+    return found
+
+
+# Findings
+
+
+def _may_replace(lease: Mapping[str, Any], options: Options, is_dead: Callable[[str], bool], now: float) -> bool:
     return bool(options["unlock"]) or float(lease.get("expires", 0)) <= now or is_dead(str(lease.get("process", "")))
 
 
-def _options(options: Mapping[str, Any]) -> list[str]:
+def _options(options: Options) -> list[str]:
     found = []
     if options["strategy"] not in ("rolling", "blue_green"):
         found.append(f"deploy_strategy is {options['strategy']!r}; it must be rolling or blue_green.")
@@ -158,21 +409,57 @@ def _options(options: Mapping[str, Any]) -> list[str]:
         found.append(
             f"atlas_credentials lacks {', '.join(sorted(missing))}: check that the vault file has it (make vault ENV=NAME)."
         )
+    percents = [step["percent"] for step in options["steps"]]
+    if not percents or percents[-1] != 100 or percents != sorted(set(percents)) or percents[0] < 1:
+        found.append(
+            f"deploy_canary_steps names {', '.join(map(str, percents)) or 'nothing'}; percents must rise from at least 1 to 100."
+        )
+    if options["lease_seconds"] <= options["longest_seconds"]:
+        found.append(
+            f"deploy_lease_seconds is {options['lease_seconds']}, but a single phase may take {options['longest_seconds']} s "
+            "by its timeouts: the lock would be lost in the middle of it. Raise deploy_lease_seconds."
+        )
     return found
 
 
-def _hosts(facts: Facts, options: Mapping[str, Any]) -> list[str]:
+def _reachable(facts: Facts, options: Options, fleet: Fleet) -> list[str]:
+    found = []
+    for names, missing, quorum, variable in (
+        (fleet.hosts, fleet.missing, options["quorum"], "deploy_quorum"),
+        (fleet.edges, fleet.missing_edges, options["edge_quorum"], "deploy_edge_quorum"),
+        ([], [host for host in options["databases"] if not answered(facts, host)], 0, ""),
+    ):
+        said = [_silence(facts, host, options) for host in missing]
+        found += _enough(said, len(names), quorum, variable)
+    return found
+
+
+def _quorum(options: Options, hosts: Sequence[str], said: Sequence[str]) -> list[str]:
+    return _enough(said, len(hosts), options["quorum"], "deploy_quorum")
+
+
+def _enough(said: Sequence[str], count: int, quorum: int, variable: str) -> list[str]:
+    if not said or (quorum and count >= quorum):
+        return []
+    hint = f" To go on without: -e {variable}={count}." if variable and count else ""
+    return [f"{text}.{hint if index == len(said) - 1 else ''}" for index, text in enumerate(said)]
+
+
+def _silence(facts: Facts, host: str, options: Options) -> str:
+    fact = facts.get(host, {})
+    reason = str(fact.get("msg", "no answer")).strip().splitlines()[-1:] or ["no answer"]
+    kind = "cannot be reached" if fact.get("unreachable") else "cannot be looked at"
+    why = reason[0].rpartition("Task failed: ")[2].rstrip(".")
+    return f"{host} {kind}: {why}. Check: ansible -i {options['inventory']} {host} -m ping"
+
+
+def _hosts(facts: Facts, options: Options, fleet: Fleet) -> list[str]:
     site = f"ansible-playbook -i {options['inventory']} playbooks/site.yml"
     found = []
-    everyone = list(dict.fromkeys([*options["hosts"], *options["edges"], *options["databases"]]))
-    for host in everyone:
-        fact = facts.get(host, {})
-        if fact.get("unreachable") or "slots" not in fact:
-            reason = str(fact.get("msg", "no answer")).strip().splitlines()[-1:] or ["no answer"]
-            kind = "cannot be reached" if fact.get("unreachable") else "cannot be looked at"
-            why = reason[0].rpartition("Task failed: ")[2].rstrip(".")
-            found.append(f"{host} {kind}: {why}. Check: ansible -i {options['inventory']} {host} -m ping")
+    for host in dict.fromkeys([*options["hosts"], *options["edges"], *options["databases"]]):
+        if not answered(facts, host):
             continue
+        fact = facts[host]
         debian = fact["debian"]
         if debian["id"] != "debian" or debian["version"] not in SUPPORTED_DEBIAN:
             found.append(
@@ -187,7 +474,7 @@ def _hosts(facts: Facts, options: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _app_host(host: str, fact: Mapping[str, Any], options: Mapping[str, Any], site: str) -> list[str]:
+def _app_host(host: str, fact: Mapping[str, Any], options: Options, site: str) -> list[str]:
     found = []
     if not fact["provisioned"]:
         found.append(f"{host} has no Atlas units or no user atlas. Provision it: {site}")
@@ -211,176 +498,179 @@ def _app_host(host: str, fact: Mapping[str, Any], options: Mapping[str, Any], si
 
 def _edges(
     facts: Facts,
+    fleet: Fleet,
     leases: Mapping[str, Mapping[str, Any]],
     replaces: Mapping[str, str],
-    edges: Sequence[str],
-    interrupted: bool,
+    options: Options,
+    cleanup: Mapping[str, Any],
 ) -> list[str]:
     found = []
-    named: dict[str, str] = {}
-    for edge in edges:
-        state = facts.get(edge, {}).get("edge", {})
+    for edge in fleet.edges:
+        state = facts[edge]["edge"]
         if state.get("error"):
             found.append(f"{edge}: HAProxy does not run: {state['error']}. See: systemctl status haproxy")
         elif state.get("installed"):
-            named[edge] = str(state.get("memory"))
-            if state.get("memory") != state.get("file") and not interrupted:
-                found.append(
-                    f"{edge}: HAProxy sends traffic to {state.get('memory')} but /etc/haproxy/slot.map says {state.get('file')}. Make them equal."
-                )
+            unknown = [host for host in fleet.hosts if f"be_blue/{host}" not in state["servers"]]
+            if unknown:
+                site = f"ansible-playbook -i {options['inventory']} playbooks/site.yml"
+                found.append(f"{edge}: HAProxy does not know {', '.join(unknown)} yet. Configure it: {site}")
         lease = leases[edge]
         if lease and edge not in replaces:
             found.append(
                 f"The lock on {edge} is held by {lease.get('holder')} since {when(lease.get('since', 0))} ({lease.get('reason')}); "
                 f"it expires at {when(lease.get('expires', 0))}. Wait, or take it over if that deploy is certainly dead: -e deploy_unlock=true"
             )
-    if len(set(named.values())) > 1 and not interrupted:
+    # An edge that no deploy has switched yet, or that was away, is brought in line; one that somebody switched is not.
+    meddled = [
+        edge for edge in cleanup["astray"] if facts[edge]["edge"].get("switched_by_deploy") and edge not in fleet.owed
+    ]
+    if meddled and not cleanup["interrupted"] and not options["force"]:
+        told = ", ".join(
+            f"{edge}: {facts[edge]['edge'].get('memory')} (file: {facts[edge]['edge'].get('file')})"
+            for edge in fleet.edges
+        )
         found.append(
-            f"The edges disagree on the slot in service: {', '.join(f'{edge}: {value}' for edge, value in named.items())}."
+            f"The edges disagree on the slot in service, and no deploy was under way ({told}); the app hosts serve from "
+            f"{fleet.home}. Find out who switched {', '.join(meddled)}; to have all of them follow the app hosts: "
+            "-e deploy_force=true"
         )
     return found
 
 
-def _serves(fact: Mapping[str, Any]) -> bool:
-    ready = fact.get("ready") or {}
-    return ready.get("status") == 200 and all(
-        state["state"] == "active" for name, state in fact["units"].items() if f"@{fact['slot']}." in name
-    )
+def _clocks(facts: Facts, options: Options, now: float) -> list[str]:
+    """Return the hosts whose clocks are certainly off.
+
+    A host's clock was read somewhen between ``options.asked_at`` and *now*, by the controller's.
+    """
+    allowed, asked = options["skew_seconds"], options["asked_at"]
+    found = []
+    for host in dict.fromkeys([*options["hosts"], *options["edges"], *options["databases"]]):
+        clock = facts.get(host, {}).get("clock")
+        if clock is None:
+            continue
+        ahead, behind = float(clock) - now, asked - float(clock)
+        if max(ahead, behind) > allowed:
+            how = f"{ahead:.0f} s ahead of" if ahead > behind else f"{behind:.0f} s behind"
+            found.append(
+                f"{host}: its clock is {how} this machine's, allowed are {allowed:g} s (deploy_skew_seconds). "
+                "Set it right: timedatectl, systemctl restart systemd-timesyncd"
+            )
+    return found
 
 
-def summary(plan_: Mapping[str, Any], options: Mapping[str, Any]) -> list[str]:
+# Who takes part in which play
+
+
+def play_hosts(
+    name: str, plan_: Mapping[str, Any], failures: Sequence[Mapping[str, Any]], touched: Sequence[str]
+) -> list[str]:
+    """Return the hosts of the play *name*, given what failed so far and the hosts that were *touched*.
+
+    Phases go on only while nothing has failed. After the first host has finished there is no way back, only forward.
+    """
+    hosts, edges, cleanup = plan_["hosts"], plan_["edges"], plan_["undo"]
+    everyone = list(dict.fromkeys([*edges, *hosts]))
+    is_first = plan_["first"]
+    go = not failures and bool(hosts)
+    failed = {failure["phase"] for failure in failures} & {"migrate", "switch", "verify"}
+    silent = {failure["host"] for failure in failures}
+    lead = [host for host in plan_["reached"] if host not in silent][:1] or plan_["reached"][:1]
+    rolling, watched = plan_["rolling"], plan_["watch_first"]
+    table = {
+        "lock": edges if plan_["mode"] != "nothing" else [],
+        "cleanup_edges": edges if not failures and cleanup["traffic_to"] else [],
+        "cleanup_hosts": cleanup["hosts"] if not failures else [],
+        "cleanup_lead": lead if not failures and cleanup["interrupted"] and cleanup["number"] is not None else [],
+        "stage": hosts if go and plan_["mode"] in ("deploy", "join") else [],
+        "migrate": hosts[:1] if go and plan_["mode"] == "deploy" else [],
+        "switch_first": hosts[:1] if go and rolling and watched else [],
+        "switch_watch": [*edges, *(host for host in hosts[:1] if host not in edges)]
+        if go and rolling and watched
+        else [],
+        "switch_rolling": (hosts[1:] if watched else hosts) if go and rolling else [],
+        "switch_start": hosts if go and not rolling else [],
+        "switch_traffic": everyone if go and not rolling else [],
+        "verify": everyone if go else [],
+        "finish": hosts if go else [],
+        "finish_edges": edges if go else [],
+        "undo_edges": edges if failed and touched and not rolling and not is_first else [],
+        "undo_hosts": list(touched) if failed else [],
+        "undo_lead": lead if failed and not is_first else [],
+        # One after the other where the slot in service was touched.
+        "undo_serial": everyone if rolling or cleanup["interrupted"] else [],
+        "unlock": edges if plan_["mode"] != "nothing" else [],
+        "result": plan_["reached"][:1],
+    }
+    return list(table[name])
+
+
+# For people
+
+
+def summary(plan_: Mapping[str, Any], options: Options) -> list[str]:
     """Return the plan in a few lines for people."""
-    release, hosts = plan_["release"], options["hosts"]
-    current = plan_["current"]
-    now_there = {f"deployment {number}" if number is not None else "nothing" for number in current.values()}
+    release = plan_["release"]
+    numbers = sorted({number for number in plan_["current"].values() if number is not None})
+    inside = ", ".join(f"deployment {number}" for number in numbers) or "nothing"
     lines = [
         f"release      {release.get('id')}  ({release.get('path')})",
-        f"in service   {', '.join(sorted(now_there)) or 'nothing'}"
-        + (f", slot {plan_['old_slot']}" if plan_["old_slot"] else ""),
+        f"in service   {inside}" + (f", slot {plan_['old_slot']}" if plan_["old_slot"] else ""),
     ]
-    if plan_["undo"]["needed"]:
-        undone = plan_["undo"]["hosts"]
-        lines.append(
-            "first        clean up after a deploy that did not end" + (f" on {', '.join(undone)}" if undone else "")
-        )
-    if plan_["nothing_to_do"]:
-        return [
-            *lines,
-            "nothing to do: release, settings and credentials are in service (deploy_force=true deploys them again)",
-        ]
-    how = (
-        f"host by host in slot {plan_['slot']}"
-        if plan_["rolling"]
-        else f"slot {plan_['slot']} on all hosts at once, then one switch per edge"
-    )
-    return [*lines, f"deployment   {plan_['number']} on {', '.join(hosts)}: {how}"]
+    cleanup = plan_["undo"]
+    if cleanup["interrupted"]:
+        where = f" on {', '.join(cleanup['hosts'])}" if cleanup["hosts"] else ""
+        how = "finish" if cleanup["forward"] else "undo"
+        lines.append(f"first        {how} a deploy that did not end{where}")
+    elif cleanup["hosts"]:
+        lines.append(f"first        bring back into rotation: {', '.join(cleanup['hosts'])}")
+    if cleanup["astray"]:
+        lines.append(f"first        send traffic of {', '.join(cleanup['astray'])} to slot {cleanup['traffic_to']}")
+    for missing in (plan_["missing"], plan_["missing_edges"]):
+        if missing:
+            lines.append(f"left out     {', '.join(missing)}: owed, the next deploy brings it up to date")
+    if plan_["mode"] in ("nothing", "tidy"):
+        again = "release, settings and credentials are in service (deploy_force=true deploys them again)"
+        return [*lines, f"nothing {'else ' if plan_['mode'] == 'tidy' else ''}to do: {again}"]
+    return [*lines, f"deployment   {plan_['number']} on {', '.join(plan_['hosts'])}: {_how(plan_, options)}"]
 
 
-def status(facts: Facts, compared: Facts, hosts: Sequence[str], edges: Sequence[str]) -> dict[str, Any]:
-    """Return the state of the fleet: per app host and edge what is in service, and where it is not what it should be."""
-    app = {host: _app_status(facts.get(host, {}), compared.get(host, {})) for host in hosts}
-    serving = {row.get("deployment") for row in app.values()}
-    if len(serving) > 1:
-        for row in app.values():
-            row["drift"] = [*row.get("drift", []), "hosts have different deployments"]
-    edge_rows: dict[str, Any] = {}
-    for edge in edges:
-        state = facts.get(edge, {}).get("edge")
-        if not state:
-            edge_rows[edge] = {"reachable": False}
-            continue
-        active = str(state.get("memory") or state.get("file") or "")
-        edge_rows[edge] = {
-            "reachable": True,
-            "traffic_to": active.removeprefix("be_") or None,
-            "servers": {name: value for name, value in state["servers"].items() if name.startswith(f"{active}/")},
-            "lock": state["lease"] or None,
-            "maintenance": state.get("maintenance"),
-            "certificate_days": (days := state.get("certificate_days")),
-            "drift": [
-                *([f"in maintenance: {state['maintenance']}"] if state.get("maintenance") else []),
-                *([f"the certificate ends in {days} days"] if days is not None and days < CERTIFICATE_DAYS else []),
-                *([f"slot.map says {state['file']}"] if state.get("file") != state.get("memory") else []),
-                *(f"{name} gets no traffic" for name in sorted(_out_of_rotation(facts, [edge]))),
-            ],
-        }
-    return {"app": app, "edge": edge_rows}
+def _how(plan_: Mapping[str, Any], options: Options) -> str:
+    slot = plan_["slot"]
+    if plan_["mode"] == "join":
+        return f"the others have it; host by host in slot {slot}"
+    if plan_["rolling"]:
+        return f"host by host in slot {slot}"
+    if plan_["warm"]:
+        return f"slot {slot} is warm, one switch per edge"
+    shares = [f"{step['percent']} %" for step in options["steps"][:-1]]
+    canary = f", {', '.join(shares)} of traffic" if shares and is_canary(plan_) else ""
+    return f"slot {slot} on all hosts at once{canary}, then one switch per edge"
 
 
-def _app_status(fact: Mapping[str, Any], compared: Mapping[str, Any]) -> dict[str, Any]:
-    if "slots" not in fact:
-        return {"reachable": False, "error": str(fact.get("msg", "no answer")).strip()}
-    slot = fact["slot"]
-    number = fact["slots"].get(slot) if slot else None
-    services = {
-        name.split("@")[0].removeprefix("atlas-"): state["state"]
-        for name, state in fact["units"].items()
-        if slot and f"@{slot}." in name
-    }
-    ready = fact.get("ready") or {}
-    release = fact["deployments"].get(str(number), {}).get("release")
-    drift = [f"atlas-{name} is {state}" for name, state in services.items() if state != "active"]
-    if slot and ready.get("release") not in (None, release):
-        drift.append(f"answers as release {ready.get('release')}")
-    if slot and compared and not compared.get("unchanged", True):
-        drift.append("settings or credentials differ from the inventory")
-    if fact["transaction"]:
-        drift.append(f"deployment {fact['transaction'].get('deployment')} did not end")
-    return {
-        "reachable": True,
-        "release": release,
-        "deployment": number,
-        "slot": slot,
-        "services": services,
-        "memory_mb": sum(
-            (state["memory"] or 0) for name, state in fact["units"].items() if slot and f"@{slot}." in name
-        )
-        >> 20,
-        "ready": ready.get("status") == 200,
-        "disk_free_mb": fact["disk"]["opt_mb"],
-        "retained": sorted(int(key) for key in fact["deployments"]),
-        "debian": fact["debian"]["version"],
-        "python": fact["python"],
-        "journal": fact["journal"],
-        "drift": drift,
-    }
+def is_canary(plan_: Mapping[str, Any]) -> bool:
+    """Tell whether a small share of traffic tries the deployment first: a new one, beside one that serves."""
+    return plan_["mode"] == "deploy" and not plan_["first"]
 
 
-def table(state: Mapping[str, Any]) -> str:
-    """Return the result of :func:`status` as a table for people."""
-    rows = [["HOST", "RELEASE", "DEPLOYMENT", "SLOT", "SERVICES", "READY", "DISK FREE", "RETAINED", "DRIFT"]]
-    for host, row in state["app"].items():
-        if not row["reachable"]:
-            rows.append([host, "-", "-", "-", "-", "-", "-", "-", "not reachable"])
-            continue
-        up = sum(value == "active" for value in row["services"].values())
-        rows.append(
-            [
-                host,
-                row["release"] or "nothing",
-                str(row["deployment"] or "-"),
-                row["slot"] or "-",
-                f"{up} of {len(row['services']) or 4}",
-                "yes" if row["ready"] else "no",
-                f"{row['disk_free_mb'] / 1024:.1f} GB",
-                " ".join(map(str, row["retained"])) or "-",
-                "; ".join(row["drift"]) or "none",
-            ]
-        )
-    edges = [["EDGE", "TRAFFIC TO", "SERVERS", "CERTIFICATE", "LOCK", "DRIFT"]]
-    for edge, row in state["edge"].items():
-        if not row["reachable"]:
-            edges.append([edge, "-", "-", "-", "-", "not reachable"])
-            continue
-        servers = " ".join(f"{name.split('/')[1]} {value}" for name, value in row["servers"].items())
-        lock = row["lock"]
-        held = f"{lock['holder']} since {when(lock['since'])}" if lock else "free"
-        certificate = "none" if row["certificate_days"] is None else f"{row['certificate_days']} days left"
-        drift = "; ".join(row["drift"]) or "none"
-        edges.append([edge, row["traffic_to"] or "-", servers or "-", certificate, held, drift])
-    return "\n".join([*_columns(rows), "", *_columns(edges)])
+def changes(facts: Facts, plan_: Mapping[str, Any]) -> list[str]:
+    """Return what a rollback changes, in lines, hosts with equal changes together: release, settings, credentials."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for host in plan_["hosts"]:
+        found.setdefault(tuple(_changes(facts[host], plan_["current"][host], plan_["number"])), []).append(host)
+    lines = []
+    for mine, hosts in found.items():
+        lines += [f"{', '.join(hosts)}:", *(f"  {line}" for line in mine)]
+    return lines
 
 
-def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+def _changes(fact: Mapping[str, Any], current: int | None, number: int) -> list[str]:
+    was, will = (fact["deployments"].get(str(each), {}) for each in (current, number))
+    before, after = (fact["settings"].get(str(each), "").splitlines() for each in (current, number))
+    diff = difflib.unified_diff(before, after, lineterm="", n=0)
+    lines = [line for line in diff if not line.startswith(("---", "+++", "@@"))]
+    same = was.get("credentials") and was.get("credentials") == will.get("credentials")
+    return [
+        f"release      {was.get('release')} -> {will.get('release')}",
+        *(f"settings     {line[0]} {line[1:]}" for line in lines or ["  the same"]),
+        "credentials  " + ("the same" if same else f"those of deployment {number}"),
+    ]

@@ -32,11 +32,19 @@ options:
     description: Whether the commands change nothing.
     type: bool
     default: false
+  deploy:
+    description: The deploy on whose behalf this happens.
+    type: str
+    default: ""
+  phase:
+    description: The deploy's phase, for the journal.
+    type: str
+    default: migrate
 author: Atlas
 attributes:
   check_mode:
     support: full
-    details: Nothing runs in check mode.
+    details: Only commands that change nothing (O(reads)) run in check mode.
 """
 
 EXAMPLES = r"""
@@ -50,8 +58,10 @@ RETURN = r"""
 outputs:
   description: What each command printed.
   type: list
-  returned: outside check mode
+  returned: success
 """
+
+from contextlib import ExitStack
 
 from ansible.module_utils.atlas_host import Host, HostError
 from ansible.module_utils.basic import AnsibleModule
@@ -66,28 +76,28 @@ def main() -> None:
             "commands": {"type": "list", "elements": "list", "required": True},
             "timeout": {"type": "int", "default": 120},
             "reads": {"type": "bool", "default": False},
+            "deploy": {"type": "str", "default": ""},
+            "phase": {"type": "str", "default": "migrate"},
         },
         supports_check_mode=True,
     )
     params = module.params
     changed = not params["reads"]
-    if module.check_mode:
-        module.exit_json(changed=changed)
+    if module.check_mode and changed:
+        module.exit_json(changed=True, outputs=[])
     host = Host()
     outputs = []
     for argv in params["commands"]:
+        words = [str(word) for word in argv]
+        details = {"deploy": params["deploy"], "deployment": params["number"], "command": " ".join(words)}
         try:
-            done = host.command(params["number"], params["slot"], [str(word) for word in argv], params["timeout"])
+            with ExitStack() as stack:
+                entry = stack.enter_context(host.recorded("command", params["phase"], **details)) if changed else {}
+                done = host.command(params["number"], params["slot"], words, params["timeout"])
+                entry["output"] = done.output.strip()[-300:]
         except HostError as error:
             module.fail_json(msg=str(error), log=error.log)
         outputs.append(done.output.strip())
-        if changed:
-            host.record(
-                "command",
-                deployment=params["number"],
-                command=" ".join(map(str, argv)),
-                output=done.output.strip()[-300:],
-            )
     module.exit_json(changed=changed, outputs=outputs)
 
 

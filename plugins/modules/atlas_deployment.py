@@ -9,17 +9,12 @@ short_description: Render a deployment on a host
 description:
   - A deployment is a release, settings and a generation of credentials. The credentials are encrypted on the host, so that
     equal ones look different each time; a keyed fingerprint over the content tells whether a deployment is the wanted one.
+  - The new release itself checks what was rendered (C(atlas config check)).
 options:
-  state:
-    description:
-      - V(present) renders the deployment O(number).
-      - V(compared) only tells whether the deployment in service has the wanted content.
-    type: str
-    choices: [present, compared]
-    default: present
   number:
-    description: The deployment's number, the same on all hosts of a deploy. Required for O(state=present).
+    description: The deployment's number, the same on all hosts of a deploy.
     type: int
+    required: true
   release:
     description: ID of the release.
     type: str
@@ -32,6 +27,10 @@ options:
     description: SHA-256 of the release's archive.
     type: str
     required: true
+  schema:
+    description: The release's schema as its manifest has it (head, revisions).
+    type: dict
+    default: {}
   settings:
     description: Text of the deployment's settings.yaml.
     type: str
@@ -40,6 +39,15 @@ options:
     description: Name to plaintext of the service's credentials. Never logged.
     type: dict
     required: true
+  slot:
+    description: The slot for which the release checks its settings.
+    type: str
+    choices: [blue, green]
+    default: blue
+  deploy:
+    description: The deploy on whose behalf this happens.
+    type: str
+    default: ""
 author: Atlas
 attributes:
   check_mode:
@@ -60,10 +68,14 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
-unchanged:
-  description: Whether the deployment in service already has this content.
-  type: bool
-  returned: always
+current:
+  description: The deployment in service, or null.
+  type: int
+  returned: success
+log:
+  description: What the release said of its settings.
+  type: list
+  returned: on failure
 """
 
 import grp
@@ -85,6 +97,8 @@ from ansible.module_utils.atlas_host import (
 )
 from ansible.module_utils.basic import AnsibleModule
 
+CHECK_SECONDS = 60
+
 
 def encrypt(host: Host, name: str, secret: str) -> bytes:
     """Return *secret* encrypted for this host under the name ``atlas_NAME``; it travels on stdin alone."""
@@ -105,7 +119,8 @@ def render(host: Host, wanted: Mapping[str, Any], credentials: Mapping[str, str]
         (partial / "release").symlink_to(f"../../releases/{wanted['release']}")
         _write(partial / "settings.yaml", str(wanted["settings"]).encode(), 0o640)
         os.chown(partial / "settings.yaml", 0, grp.getgrnam("atlas").gr_gid)
-        content = {key: wanted[key] for key in ("id", "release", "version", "digest", "fingerprint", "created_at")}
+        names = ("id", "release", "version", "digest", "schema", "fingerprint", "credentials", "created_at")
+        content = {key: wanted[key] for key in names}
         _write(partial / "deployment.json", (json.dumps(content, indent=2) + "\n").encode(), 0o644)
         (partial / "credentials").mkdir(mode=0o700)
         for name, secret in credentials.items():
@@ -131,45 +146,43 @@ def main() -> None:
     """Run the module."""
     module = AnsibleModule(
         argument_spec={
-            "state": {"type": "str", "choices": ["present", "compared"], "default": "present"},
-            "number": {"type": "int"},
+            "number": {"type": "int", "required": True},
             "release": {"type": "str", "required": True},
             "version": {"type": "str", "required": True},
             "digest": {"type": "str", "required": True},
+            "schema": {"type": "dict", "default": {}},
             "settings": {"type": "str", "required": True},
             "credentials": {"type": "dict", "required": True, "no_log": True},
+            "slot": {"type": "str", "choices": ["blue", "green"], "default": "blue"},
+            "deploy": {"type": "str", "default": ""},
         },
-        required_if=[("state", "present", ["number"])],
         supports_check_mode=True,
     )
     try:
         module.exit_json(**apply(module.params, Host(), module.check_mode))
-    except (HostError, OSError) as error:
+    except HostError as error:
+        module.fail_json(msg=str(error), log=error.log)
+    except OSError as error:
         module.fail_json(msg=str(error))
 
 
 def apply(params: Mapping[str, Any], host: Host, check: bool) -> dict[str, Any]:
     """Bring *host* to the state of *params*; return the module's result."""
     credentials = {name: str(secret) for name, secret in params["credentials"].items()}
-    settings = params["settings"]
+    settings, number = params["settings"], int(params["number"])
     slot = host.in_service()
     current = host.slots()[slot] if slot else None
     present = host.deployment(current) if current is not None else None
-    before_text = _read(present / "settings.yaml") if present else ""
     before = read_json(present / "deployment.json") if present else {}
+    result: dict[str, Any] = {"current": current, "number": number}
     if not host.state.is_dir():
-        return {"changed": params["state"] == "present", "unchanged": False}
+        return {**result, "changed": True}
     has_key = (host.state / "fingerprint.key").exists()
     mark = (
         fingerprint(fingerprint_key(host.state), params["digest"], settings, credentials)
         if has_key or not check
         else ""
     )
-    unchanged = bool(mark) and before.get("fingerprint") == mark
-    if params["state"] == "compared":
-        return {"changed": False, "unchanged": unchanged, "current": current}
-    number = int(params["number"])
-    result: dict[str, Any] = {"unchanged": unchanged, "current": current, "number": number}
     if mark and read_json(host.deployment(number) / "deployment.json").get("fingerprint") == mark:
         return {**result, "changed": False}
     names = (
@@ -177,22 +190,23 @@ def apply(params: Mapping[str, Any], host: Host, check: bool) -> dict[str, Any]:
         if present and (present / "credentials").is_dir()
         else []
     )
+    text = _read(present / "settings.yaml") if present else ""
     result["diff"] = [
         {
             "before_header": f"deployment {current}" if present else "no deployment",
             "after_header": f"deployment {number}",
-            "before": f"{before_text}release: {before.get('release')}\ncredentials: {', '.join(names)}\n"
-            if present
-            else "",
+            "before": f"{text}release: {before.get('release')}\ncredentials: {', '.join(names)}\n" if present else "",
             "after": f"{settings}release: {params['release']}\ncredentials: {', '.join(sorted(credentials))}\n",
         }
     ]
     if not check:
-        fields = {key: params[key] for key in ("release", "version", "digest")}
-        render(
-            host, {**fields, "id": number, "fingerprint": mark, "created_at": now(), "settings": settings}, credentials
-        )
-        host.record("staged", deployment=number, release=params["release"])
+        details = {"deploy": params["deploy"], "deployment": number, "release": params["release"]}
+        with host.recorded("staged", "stage", **details):
+            fields = {key: params[key] for key in ("release", "version", "digest", "schema")}
+            own = {"id": number, "fingerprint": mark, "created_at": now(), "settings": settings}
+            own["credentials"] = fingerprint(fingerprint_key(host.state), "", "", credentials)
+            render(host, {**fields, **own}, credentials)
+            host.command(number, params["slot"], ["config", "check"], CHECK_SECONDS)
     return {**result, "changed": True}
 
 

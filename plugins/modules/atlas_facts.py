@@ -8,8 +8,19 @@ module: atlas_facts
 short_description: What is deployed on a host, and what state the host is in
 description:
   - Returns slots, deployments, releases, the units, the transaction of an unfinished deploy, the end of the journal, disk,
-    memory, versions and ports of a host, and the balancer's map and the deploy lease where there is a balancer.
+    memory, clock, versions and ports of a host, and the balancer's map, counters and the deploy lease where there is a
+    balancer.
 options:
+  settings:
+    description: Text of the wanted settings.yaml, to be compared with what is in service.
+    type: str
+  credentials:
+    description: Name to plaintext of the wanted credentials, to be compared with what is in service. Never logged.
+    type: dict
+  texts:
+    description: Whether to return the settings of every retained deployment.
+    type: bool
+    default: false
   socket:
     description: The admin socket of the balancer.
     type: path
@@ -43,6 +54,14 @@ deployments:
   description: Number to deployment.json.
   type: dict
   returned: always
+as_inventory:
+  description: Whether settings and credentials in service are the wanted ones; null where nothing is in service or wanted.
+  type: bool
+  returned: always
+stale_units:
+  description: Units in service whose unit files changed since they were started.
+  type: list
+  returned: always
 edge:
   description: The balancer, its map and the lease; C(installed) is false where there is none.
   type: dict
@@ -50,6 +69,8 @@ edge:
 """
 
 import calendar
+import csv
+import io
 import os
 import platform
 import pwd
@@ -57,6 +78,7 @@ import re
 import shutil
 import socket
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,14 +88,18 @@ from ansible.module_utils.atlas_host import (
     SLOTS,
     Host,
     HostError,
+    changed_since_start,
+    fingerprint,
+    fingerprint_key,
     get,
     read_json,
     run,
     units,
 )
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.canary import counters, histogram
 
-LEASE = Path("/var/lib/atlas-deploy/lease.json")
+STATE = Path("/var/lib/atlas-deploy")
 MAP = Path("/etc/haproxy/slot.map")
 MAINTENANCE = "/etc/haproxy/maintenance.map"
 CERTIFICATE = "/etc/haproxy/tls/edge.pem"
@@ -117,16 +143,19 @@ def listening() -> list[int]:
 
 
 def balancer(path: str) -> dict[str, Any]:
-    """Return the balancer's state: the slot its file and its memory name, its servers, and the deploy lease."""
+    """Return the balancer's state: the slot its file and its memory name, its servers, the deploy lease, and who is owed."""
     found: dict[str, Any] = {
         "installed": Path("/usr/sbin/haproxy").exists(),
         "file": None,
         "memory": None,
         "servers": {},
+        "counters": {},
         "maintenance": None,
         "certificate_days": None,
+        "lease": read_json(STATE / "lease.json"),
+        "owed": read_json(STATE / "owed.json"),
+        "switched_by_deploy": any(entry.get("event") == "switched" for entry in Host().journal()),
     }
-    found["lease"] = read_json(LEASE)
     if not found["installed"]:
         return found
     try:
@@ -143,12 +172,11 @@ def balancer(path: str) -> dict[str, Any]:
         if ends:
             left = calendar.timegm(time.strptime(ends[1], "%b %d %H:%M:%S %Y")) - time.time()
             found["certificate_days"] = int(left // 86400)
-        header, *lines = ask(path, "show stat").lstrip("# ").splitlines()
-        columns = header.split(",")
-        for line in lines:
-            row = dict(zip(columns, line.split(","), strict=False))
-            if row.get("svname") not in ("FRONTEND", "BACKEND", None, ""):
-                found["servers"][f"{row['pxname']}/{row['svname']}"] = row.get("status", "")
+        shown = ask(path, "show stat")
+        found["counters"] = counters(shown)
+        for row in csv.DictReader(io.StringIO(shown.removeprefix("# "))):
+            if row.get("type") == "2":
+                found["servers"][f"{row['pxname']}/{row['svname']}"] = row["status"]
     except OSError as error:
         found["error"] = f"its socket {path} does not answer ({error.strerror or error})"
     return found
@@ -173,9 +201,24 @@ def free_mb(path: Path) -> int:
     return shutil.disk_usage(path).free >> 20
 
 
-def facts(path: str, entries: int) -> dict[str, Any]:
+def compared(host: Host, number: int | None, params: Mapping[str, Any]) -> bool | None:
+    """Tell whether the deployment *number* has the wanted settings and credentials; None where there is nothing to compare."""
+    if number is None or params["settings"] is None:
+        return None
+    content = read_json(host.deployment(number) / "deployment.json")
+    credentials = {name: str(secret) for name, secret in (params["credentials"] or {}).items()}
+    mark = fingerprint(fingerprint_key(host.state), str(content.get("digest")), params["settings"], credentials)
+    return bool(content.get("fingerprint") == mark)
+
+
+def texts(host: Host) -> dict[str, str]:
+    """Return number → settings.yaml of every deployment; there are no secrets in it."""
+    return {str(number): (host.deployment(number) / "settings.yaml").read_text() for number in host.deployments()}
+
+
+def facts(params: Mapping[str, Any]) -> dict[str, Any]:
     """Return everything about this host."""
-    host = Host()
+    host, entries = Host(), params["journal"]
     provisioned = Path("/etc/systemd/system/atlas-api@.service").exists()
     names = [name for slot in SLOTS for name in units(slot)]
     shown = host.show(names) if provisioned else {}
@@ -189,7 +232,12 @@ def facts(path: str, entries: int) -> dict[str, Any]:
         if name in shown
     }
     ports = listening()
-    slot = host.in_service()
+    slot, slots = host.in_service(), host.slots()
+    number = slots[slot] if slot else None
+    running = [
+        name for name in SLOTS if shown and all(states.get(each, {}).get("state") == "active" for each in units(name))
+    ]
+    here = {name: shown[name] for name in units(slot) if name in shown} if slot else {}
     ours = {
         port: states.get(f"atlas-{service}@{name}.service", {}).get("state")
         in ("active", "activating", "deactivating", "reloading")
@@ -205,7 +253,13 @@ def facts(path: str, entries: int) -> dict[str, Any]:
     return {
         "provisioned": provisioned and user,
         "slot": slot,
-        "slots": host.slots(),
+        "slots": slots,
+        "running": running,
+        "warm": {name: host.warm_until(name) for name in running if name != slot},
+        "stale_units": changed_since_start(here),
+        "digest": read_json(host.deployment(number) / "deployment.json").get("digest") if number else None,
+        "as_inventory": compared(host, number, params),
+        "settings": texts(host) if params["texts"] else {},
         "deployments": {str(number): content for number, content in host.deployments().items()},
         "releases": host.releases(),
         "good": host.good(),
@@ -215,8 +269,9 @@ def facts(path: str, entries: int) -> dict[str, Any]:
         "ready": {"status": ready.status, "release": ready.headers.get("x-atlas-release"), "body": ready.body}
         if ready
         else None,
+        "histogram": histogram(get(API_PORTS[slot], "/metrics").text) if slot else {},
         "journal": host.journal()[-entries:] if entries else [],
-        "edge": balancer(path),
+        "edge": balancer(params["socket"]),
         "disk": {"opt_mb": free_mb(Path("/opt/atlas")), "var_mb": free_mb(Path("/var/lib/atlas"))},
         "memory": memory(),
         "debian": debian(),
@@ -226,6 +281,7 @@ def facts(path: str, entries: int) -> dict[str, Any]:
         "ports": ports,
         "foreign_ports": [port for port, is_ours in ours.items() if port in ports and not is_ours],
         "kernel": os.uname().release,
+        "clock": time.time(),
     }
 
 
@@ -233,13 +289,16 @@ def main() -> None:
     """Run the module."""
     module = AnsibleModule(
         argument_spec={
+            "settings": {"type": "str"},
+            "credentials": {"type": "dict", "no_log": True},
+            "texts": {"type": "bool", "default": False},
             "socket": {"type": "path", "default": "/run/haproxy/admin.sock"},
             "journal": {"type": "int", "default": 10},
         },
         supports_check_mode=True,
     )
     try:
-        module.exit_json(changed=False, **facts(module.params["socket"], module.params["journal"]))
+        module.exit_json(changed=False, **facts(module.params))
     except HostError as error:
         module.fail_json(msg=str(error))
 

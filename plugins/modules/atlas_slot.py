@@ -8,16 +8,17 @@ module: atlas_slot
 short_description: Start, check, finish or undo a deployment in a slot
 description:
   - V(started) records what the host was, stops the slot's services by name, points the slot at the deployment, starts them
-    and waits at the health gate (units active, C(/readyz) with the right release, heartbeats of the workers), for
-    O(minimum_healthy) seconds without a restart.
-  - V(healthy) only waits at the gate.
-  - V(finished) makes the slot the one that boot starts, stops the other slot and prunes what no rollback can need.
+    and waits at the health gate (units active, C(/readyz) with the right release, heartbeats of the workers, a job of their
+    own done), for O(minimum_healthy) seconds without a restart.
+  - V(engaged) does the same with a slot that is still warm, so that nothing is stopped or started.
+  - V(finished) makes the slot the one that boot starts, has the other one stop after O(warm_seconds), and prunes what no
+    rollback can need.
   - V(undone) returns the host to what it was before the deploy, from what it recorded; without a record it does nothing.
 options:
   state:
     description: What to bring about.
     type: str
-    choices: [started, healthy, finished, undone]
+    choices: [started, engaged, finished, undone]
     required: true
   slot:
     description: The slot. Not needed for O(state=undone).
@@ -53,6 +54,13 @@ options:
     description: How many good deployments O(state=finished) keeps.
     type: int
     default: 3
+  warm_seconds:
+    description: For how long the slot that was in service stays warm after O(state=finished). 0 stops it at once.
+    type: int
+    default: 0
+  rolled_back:
+    description: The deployment that this one takes the place of because it was not good.
+    type: int
 author: Atlas
 attributes:
   check_mode:
@@ -76,6 +84,18 @@ seconds:
   description: How long it took until the gate opened.
   type: float
   returned: when services were waited for
+histogram:
+  description: Seconds to how many requests of the deployment that served so far took no longer.
+  type: dict
+  returned: with O(state=started) and O(state=engaged)
+slot:
+  description: The slot in service afterwards.
+  type: str
+  returned: with O(state=undone)
+number:
+  description: The deployment in service afterwards.
+  type: int
+  returned: with O(state=undone)
 log:
   description: Last lines of the guilty unit.
   type: list
@@ -83,10 +103,11 @@ log:
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from ansible.module_utils.atlas_host import SLOTS, Gate, Host, HostError
+from ansible.module_utils import canary
+from ansible.module_utils.atlas_host import API_PORTS, SLOTS, Gate, Host, HostError, get
 from ansible.module_utils.basic import AnsibleModule
 
 
@@ -96,114 +117,107 @@ class Slot:
     def __init__(self, params: Mapping[str, Any], host: Host, check: bool) -> None:
         self.params, self.host, self.check = params, host, check
 
-    def _gate(self, slot: str, number: int, release: str, start: bool = False) -> float:
+    def _gate(self, slot: str, number: int, release: str, start: bool = True) -> float:
         gate = Gate(slot, number, release, self.params["host"])
         # Taken before the start and after the stop: what the services before these said is no part of the story.
         began = time.time()
         if start:
             self.host.start(slot)
-        return round(self.host.wait_healthy(gate, self.params["timeout"], self.params["minimum_healthy"], began), 1)
+        seconds = self.host.wait_healthy(gate, self.params["timeout"], self.params["minimum_healthy"], began)
+        self.host.note(processes=self.host.processes(slot), began=began)
+        return round(seconds, 1)
 
     def started(self) -> dict[str, Any]:
         """Bring the deployment up in the slot."""
+        return self._bring_up(start=True)
+
+    def engaged(self) -> dict[str, Any]:
+        """Take a warm slot as it is."""
+        return self._bring_up(start=False)
+
+    def _bring_up(self, start: bool) -> dict[str, Any]:
         slot, number, host = self.params["slot"], self.params["number"], self.host
         before = host.slots()
         result = {"changed": True, "diff": _diff(before, {**before, slot: number})}
         if self.check:
             return result
-        previous = host.in_service()
-        host.begin(
-            {
-                "deploy": self.params["deploy"],
-                "deployment": number,
-                "slot": slot,
-                "slots": before,
-                "in_service": previous,
-                "started_at": time.time(),
-            }
-        )
-        host.stop(slot, self.params["stop_timeout"])
-        host.point(slot, number)
-        return {**result, "seconds": self._gate(slot, number, self.params["release"], start=True)}
+        if not (host.deployment(number) / "deployment.json").is_file():
+            raise HostError(f"deployment {number} is not on this host.")
+        details = {"deploy": self.params["deploy"], "deployment": number, "slot": slot}
+        with host.recorded("started" if start else "engaged", "switch", **details):
+            transaction = {**details, "slots": before, "in_service": host.in_service(), "started_at": time.time()}
+            host.begin(transaction)
+            result["histogram"] = self._histogram(transaction["in_service"])
+            host.keep_warm(slot)
+            # A warm slot may have begun to stop a moment ago.
+            start = start or not host.serves(slot)
+            if start:
+                host.stop(slot, self.params["stop_timeout"])
+                host.point(slot, number)
+            result["seconds"] = self._gate(slot, number, self.params["release"], start)
+            if transaction["in_service"] not in (None, slot):
+                result["histogram"] = self._histogram(transaction["in_service"])
+        return result
 
-    def healthy(self) -> dict[str, Any]:
-        """Only wait at the gate."""
-        if self.check:
-            return {"changed": False}
-        return {
-            "changed": False,
-            "seconds": self._gate(self.params["slot"], self.params["number"], self.params["release"]),
-        }
+    def _histogram(self, slot: str | None) -> dict[str, float]:
+        """Return how long the users' requests in *slot* took so far."""
+        return canary.histogram(get(API_PORTS[slot], "/metrics").text) if slot else {}
 
     def finished(self) -> dict[str, Any]:
         """Commit to the slot. Enabling its target is the point of no return; all after it can be repeated."""
         slot, number, host = self.params["slot"], self.params["number"], self.host
         before = {"in service": host.in_service()}
+        result = {"changed": True, "diff": _diff(before, {"in service": slot})}
         if self.check:
-            return {"changed": True, "diff": _diff(before, {"in service": slot})}
-        was = host.transaction()
-        notes = self._admit(number, slot, dismiss=_previous(was))
+            return result
+        details = {
+            "deploy": self.params["deploy"],
+            "deployment": number,
+            "slot": slot,
+            "release": self.params["release"],
+            "rolled_back": self.params["rolled_back"],
+        }
+        was_in_service = host.transaction().get("in_service")
         host.enable(slot)
         if number not in host.good()[-1:]:
-            host.record(
-                "finished", deploy=self.params["deploy"], deployment=number, slot=slot, release=self.params["release"]
-            )
+            with host.recorded("finished", "finish", **details):
+                pass
         host.end()
         for other in SLOTS:
-            if other != slot:
+            if other == slot or not host.active(other):
+                continue
+            if self.params["warm_seconds"] and other == was_in_service:
+                host.cool(other, self.params["warm_seconds"])
+            elif host.warm_until(other) is None:
                 host.stop(other, self.params["stop_timeout"])
-        pruned = host.prune(self.params["keep"])
-        return {"changed": True, "pruned": pruned, "notes": notes, "diff": _diff(before, {"in service": slot})}
+        host.trim()
+        return {**result, "pruned": host.prune(self.params["keep"])}
 
     def undone(self) -> dict[str, Any]:
         """Return the host to what the transaction says it was."""
         host, was = self.host, self.host.transaction()
         if not was:
-            return {"changed": False, "in_service": host.in_service()}
+            slot = host.in_service()
+            return {"changed": False, "slot": slot, "number": host.slots()[slot] if slot else None}
         slots, previous = was["slots"], was["in_service"]
-        result = {"changed": True, "in_service": previous, "diff": _diff(host.slots(), slots)}
+        number = slots[previous] if previous is not None else None
+        result = {"changed": True, "slot": previous, "number": number, "diff": _diff(host.slots(), slots)}
         if self.check:
             return result
-        if previous == was["slot"] and slots[previous] == host.slots()[previous] and len(host.active(previous)) == 4:
+        if previous == was["slot"] and number == host.slots()[previous] and len(host.active(previous)) == 4:
             host.end()  # killed before the first change
             return result
-        number = _previous(was)
-        notes = (
-            self._admit(number, previous, was["deployment"], first=[["tokens", "apply"]]) if number is not None else []
-        )
-        if host.slots() != slots or previous != was["slot"]:
-            host.stop(was["slot"], self.params["stop_timeout"])
-            host.point(was["slot"], slots[was["slot"]])
-        if previous is not None and slots[previous] is not None:
-            release = str(host.deployments().get(slots[previous], {}).get("release"))
-            result["seconds"] = self._gate(previous, slots[previous], release, start=True)
-        host.record(
-            "undone", deploy=was["deploy"], deployment=was["deployment"], slot=was["slot"], back_to=slots.get(previous)
-        )
+        details = {"deploy": was["deploy"], "deployment": was["deployment"], "slot": was["slot"], "back_to": number}
+        with host.recorded("undone", "undo", **details):
+            if host.slots() != slots or previous != was["slot"]:
+                host.stop(was["slot"], self.params["stop_timeout"])
+                host.point(was["slot"], slots[was["slot"]])
+            if number is not None:
+                release = str(host.deployments().get(number, {}).get("release"))
+                host.keep_warm(previous)
+                result["seconds"] = self._gate(previous, number, release)
         host.end()
-        return {**result, "notes": notes}
-
-    def _admit(self, number: int, slot: str, dismiss: int | None, first: Sequence[list[str]] = ()) -> list[str]:
-        """Let the deployment *number* claim jobs and *dismiss* no longer; return what went wrong.
-
-        Nothing here may keep the host from its state: running services are worth more than a tidy table.
-        """
-        commands = [*first, ["admission", "admit", str(number)]]
-        if dismiss is not None and dismiss != number:
-            commands.append(["admission", "dismiss", str(dismiss)])
-        notes = []
-        for argv in commands:
-            try:
-                self.host.command(number, slot, argv, 30)
-            except HostError as error:
-                notes.append(str(error))
-        return notes
-
-
-def _previous(was: Mapping[str, Any]) -> int | None:
-    """Return the deployment that was in service before the transaction *was*."""
-    number = was["slots"].get(was["in_service"]) if was.get("in_service") else None
-    return None if number is None else int(number)
+        return result
 
 
 def _diff(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -219,7 +233,7 @@ def main() -> None:
     needed = ["slot", "number", "release"]
     module = AnsibleModule(
         argument_spec={
-            "state": {"type": "str", "choices": ["started", "healthy", "finished", "undone"], "required": True},
+            "state": {"type": "str", "choices": ["started", "engaged", "finished", "undone"], "required": True},
             "slot": {"type": "str", "choices": list(SLOTS)},
             "number": {"type": "int"},
             "release": {"type": "str"},
@@ -229,8 +243,10 @@ def main() -> None:
             "stop_timeout": {"type": "int", "default": 90},
             "minimum_healthy": {"type": "int", "default": 3},
             "keep": {"type": "int", "default": 3},
+            "warm_seconds": {"type": "int", "default": 0},
+            "rolled_back": {"type": "int"},
         },
-        required_if=[("state", state, needed) for state in ("started", "healthy", "finished")],
+        required_if=[("state", state, needed) for state in ("started", "engaged", "finished")],
         supports_check_mode=True,
     )
     slot = Slot(module.params, Host(), module.check_mode)

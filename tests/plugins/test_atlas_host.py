@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import atlas_deployment
+import atlas_facts
 import atlas_slot
 import pytest
 from ansible.module_utils import atlas_host
@@ -38,7 +39,7 @@ class Fake:
             return Done(0, "encrypted\n", "")
         if argv[:2] == ["systemctl", "show"]:
             blocks = []
-            for name in argv[4:]:
+            for name in argv[5:]:
                 state = "active" if name in self.active else "inactive"
                 blocks.append(f"Id={name}\nActiveState={state}\nSubState=x\nMainPID=7\nNRestarts=0")
             return Done(0, "\n\n".join(blocks), "")
@@ -78,7 +79,8 @@ def serving(host: Host, slot: str, number: int) -> None:
 
 
 def params(**other: Any) -> dict[str, Any]:
-    return {"host": "app1", "timeout": 5, "stop_timeout": 5, "minimum_healthy": 0, "keep": 3, "deploy": "d1"} | other
+    defaults = {"host": "app1", "timeout": 5, "stop_timeout": 5, "minimum_healthy": 0, "keep": 3, "deploy": "d1"}
+    return defaults | {"warm_seconds": 0, "rolled_back": None} | other
 
 
 @pytest.fixture
@@ -137,6 +139,91 @@ def test_a_finished_deployment_serves_and_boots_and_the_old_one_stops(host: Host
     assert host.transaction() == {} and host.good() == [1, 2]
 
 
+def test_the_old_slot_stays_warm_until_a_timer_of_the_host_stops_it(host: Host, healthy: None) -> None:
+    serving(host, "blue", 1)
+    deployed(host, 2)
+    slot = atlas_slot.Slot(params(slot="green", number=2, release="1.0-abc", warm_seconds=600), host, False)
+    slot.started()
+    slot.finished()
+    assert host.in_service() == "green" and host.active("blue") and host.active("green")
+    until = host.warm_until("blue")
+    assert until is not None and 590 <= until - time.time() <= 601
+    (timer,) = [call for call in host.run.calls if call[0] == "systemd-run"]  # type: ignore[attr-defined]
+    assert "--on-active=600" in timer and timer[-4:] == atlas_host.units("blue")
+    slot.finished()
+    assert host.active("blue") and host.warm_until("blue") == until, "a second call must not cool what is warm"
+
+
+def test_a_warm_slot_is_engaged_without_a_restart_and_its_timer_is_taken_back(host: Host, healthy: None) -> None:
+    serving(host, "blue", 1)
+    deployed(host, 2)
+    atlas_slot.Slot(params(slot="green", number=2, release="1.0-abc", warm_seconds=600), host, False).started()
+    atlas_slot.Slot(params(slot="green", number=2, release="1.0-abc", warm_seconds=600), host, False).finished()
+    host.run.calls.clear()  # type: ignore[attr-defined]
+    back = params(slot="blue", number=1, release="1.0-abc", deploy="d2", rolled_back=2, warm_seconds=600)
+    atlas_slot.Slot(back, host, False).engaged()
+    calls = [call[1:3] for call in host.run.calls if call[0] == "systemctl"]  # type: ignore[attr-defined]
+    assert ["stop", "atlas-cooling-blue.timer"] in calls and host.warm_until("blue") is None
+    assert not [call for call in calls if call[0] == "start" or call == ["stop", "--no-block"]]
+    atlas_slot.Slot(back, host, False).finished()
+    assert host.in_service() == "blue" and host.good() == [1] and host.abandoned() == 2
+    assert 2 in host.deployments(), "what a rollback has just left can be returned to"
+
+
+def test_a_slot_that_has_cooled_meanwhile_is_started(host: Host, healthy: None) -> None:
+    serving(host, "blue", 1)
+    deployed(host, 2)
+    host.point("green", 2)
+    atlas_slot.Slot(params(slot="green", number=2, release="1.0-abc"), host, False).engaged()
+    assert len(host.active("green")) == 4
+
+
+def test_what_was_rolled_back_is_good_again_once_it_serves_again(host: Host) -> None:
+    host.record("finished", deployment=1)
+    host.record("finished", deployment=2)
+    host.record("finished", deployment=1, rolled_back=2)
+    assert host.good() == [1]
+    host.record("finished", deployment=2)
+    assert host.good() == [1, 2] and host.abandoned() is None
+
+
+def test_what_is_done_is_recorded_with_phase_outcome_and_seconds(host: Host) -> None:
+    with host.recorded("started", "switch", deploy="d1") as entry:
+        entry["more"] = 1
+    with pytest.raises(HostError), host.recorded("started", "switch", deploy="d1"):
+        raise HostError("no")
+    good, bad = host.journal()
+    assert (good["phase"], good["outcome"], good["more"], bad["outcome"], bad["message"]) == (
+        "switch", "ok", 1, "failed", "no",
+    )  # fmt: skip
+    assert good["seconds"] >= 0
+
+
+def test_the_journal_does_not_grow_for_ever(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(atlas_host, "JOURNAL_ENTRIES", 10)
+    for number in range(10):
+        host.record("finished", deployment=number)
+    host.trim()
+    assert len(host.journal()) == 10
+    host.record("finished", deployment=10)
+    host.trim()
+    assert host.good() == [6, 7, 8, 9, 10]
+
+
+@pytest.mark.parametrize(("age", "stale"), [(10, []), (-10, ["atlas-api@blue.service"])])
+def test_units_that_are_younger_than_their_processes_are_noticed(tmp_path: Path, age: int, stale: list[str]) -> None:
+    unit = tmp_path / "atlas-api@.service"
+    unit.touch()
+    started = unit.stat().st_mtime + age
+    shown = {
+        "ActiveState": "active",
+        "ExecMainStartTimestamp": f"@{started:.0f}",
+        "FragmentPath": str(unit),
+        "DropInPaths": "",
+    }
+    assert atlas_host.changed_since_start({"atlas-api@blue.service": shown}) == stale
+
+
 def test_undoing_a_switch_stops_the_new_slot_and_leaves_the_old(host: Host, healthy: None) -> None:
     serving(host, "blue", 1)
     deployed(host, 2)
@@ -153,8 +240,7 @@ def test_undoing_a_rolling_step_brings_the_old_deployment_back(host: Host, healt
     assert host.slots()["blue"] == 2
     result = atlas_slot.Slot(params(), host, False).undone()
     assert result["changed"] and host.slots()["blue"] == 1 and len(host.active("blue")) == 4
-    commands = [call[1:] for call in host.run.calls if call[0] == "/usr/local/bin/atlas"]  # type: ignore[attr-defined]
-    assert commands == [["tokens", "apply"], ["admission", "admit", "1"], ["admission", "dismiss", "2"]]
+    assert (result["slot"], result["number"]) == ("blue", 1)
 
 
 def test_undoing_a_first_deploy_leaves_nothing_running(host: Host, healthy: None) -> None:
@@ -185,12 +271,17 @@ def test_check_mode_changes_nothing(host: Host, state: str) -> None:
 
 
 def answers(
-    workers: Sequence[Mapping[str, Any]] | None = None, status: int = 200, release: str = "1.0-abc"
+    workers: Sequence[Mapping[str, Any]] | None = None,
+    status: int = 200,
+    release: str = "1.0-abc",
+    probe: str = "atlas_probe_success 1.0",
 ) -> Callable[[int, str], Answer]:
     """Return what stands for the API of a host."""
     beats = workers if workers is not None else [beat("core"), beat("services")]
 
     def ask(port: int, path: str) -> Answer:
+        if port == 8111:
+            return Answer(200, {}, {}, f"# HELP\n{probe}\n")
         assert port == 8101
         if path == "/readyz":
             return Answer(
@@ -224,6 +315,8 @@ def test_the_gate_opens_when_all_is_well() -> None:
         (answers([beat("core", age_seconds=99), beat("services")]), "core", "no live heartbeat"),
         (answers([beat("core", host="app2"), beat("services")]), "core", "no live heartbeat"),
         (answers([beat("core", slot="green"), beat("services")]), "core", "no live heartbeat"),
+        (answers(probe=""), "core", "have not yet done the job"),
+        (answers(probe="atlas_probe_success 0.0"), "core", "failed at the job"),
     ],
 )
 def test_the_gate_names_the_guilty_unit(ask: Callable[[int, str], Answer], guilty: str, said: str) -> None:
@@ -251,6 +344,23 @@ def test_a_service_that_crashes_again_and_again_is_not_waited_for(host: Host, mo
     monkeypatch.setattr(host, "show", show)
     with pytest.raises(HostError, match="atlas-core@blue.service ends again and again"):
         host.wait_healthy(gate(answers()), timeout=30, minimum=0)
+
+
+@pytest.mark.parametrize(
+    ("properties", "said"),
+    [({"MainPID": "8"}, "restarted"), ({"ActiveState": "activating"}, "is activating"), ({}, None)],
+)
+def test_a_service_that_was_healthy_has_to_stay_the_same_process(
+    host: Host, monkeypatch: pytest.MonkeyPatch, properties: dict[str, str], said: str | None
+) -> None:
+    name = "atlas-core@blue.service"
+    monkeypatch.setattr(host, "show", lambda _: {**ACTIVE, name: {**ACTIVE[name], **properties}})
+    processes = dict.fromkeys(ACTIVE, "7")
+    if said is None:
+        host.look_after(gate(answers()), processes, 0)
+        return
+    with pytest.raises(HostError, match=f"{name} {said} after it had been healthy"):
+        host.look_after(gate(answers()), processes, 0)
 
 
 def test_a_restart_within_the_minimum_healthy_time_starts_it_anew(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -325,7 +435,7 @@ def wanted(**other: Any) -> dict[str, Any]:
         "settings": "a: 1\n",
         "credentials": {"tokens": "SECRET"},
     }
-    return {"state": "present", "number": 1} | content | other
+    return {"number": 1, "schema": {"head": "1"}, "slot": "blue", "deploy": "d1"} | content | other
 
 
 def test_a_deployment_appears_whole_and_once(host: Host, as_root: None) -> None:
@@ -348,13 +458,20 @@ def test_no_secret_is_in_the_result_or_on_the_disk(host: Host, as_root: None) ->
     assert "SECRET" not in argv
 
 
-@pytest.mark.parametrize("other", [{"settings": "a: 2\n"}, {"digest": "e" * 64}, {"credentials": {"tokens": "OTHER"}}])
-def test_a_change_of_code_settings_or_secrets_is_recognised(host: Host, as_root: None, other: dict[str, Any]) -> None:
+@pytest.mark.parametrize("other", [{"settings": "a: 2\n"}, {"credentials": {"tokens": "OTHER"}}])
+def test_a_change_of_settings_or_secrets_is_recognised(host: Host, as_root: None, other: dict[str, Any]) -> None:
     atlas_deployment.apply(wanted(), host, False)
-    host.point("blue", 1)
-    host.enable("blue")
-    assert atlas_deployment.apply(wanted(state="compared"), host, False)["unchanged"]
-    assert not atlas_deployment.apply(wanted(state="compared", **other), host, False)["unchanged"]
+    assert atlas_facts.compared(host, 1, wanted()) is True
+    assert atlas_facts.compared(host, 1, wanted(**other)) is False
+    assert atlas_facts.compared(host, None, wanted()) is None
+
+
+def test_the_new_release_checks_its_settings_as_they_will_be(host: Host, as_root: None) -> None:
+    atlas_deployment.apply(wanted(), host, False)
+    commands = [call[1:] for call in host.run.calls if call[0] == "/usr/local/bin/atlas"]  # type: ignore[attr-defined]
+    assert commands == [["config", "check"]]
+    content = json.loads((host.deployment(1) / "deployment.json").read_text())
+    assert content["schema"] == {"head": "1"} and host.journal()[-1]["event"] == "staged"
 
 
 def test_a_deployment_that_cannot_be_rendered_leaves_nothing(

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import deploy
-import deploy_lease
 import edge_probe
 import pytest
-from ansible.module_utils import release
+from ansible.module_utils import lease, release
 from ansible.module_utils.atlas_host import Answer
 
 
@@ -30,56 +29,56 @@ def wish(state: str = "acquired", **other: Any) -> dict[str, Any]:
 
 
 def test_the_second_deploy_is_told_who_holds_the_lock(tmp_path: Path) -> None:
-    deploy_lease.apply(wish(), tmp_path, False)
-    with pytest.raises(deploy_lease.LeaseError, match="ada@laptop since .*deploy 1.0.*deploy_unlock=true"):
-        deploy_lease.apply(wish(deploy="d2", holder="bob@desk"), tmp_path, False)
+    lease.apply(wish(), tmp_path, False)
+    with pytest.raises(lease.LeaseError, match="ada@laptop since .*deploy 1.0.*deploy_unlock=true"):
+        lease.apply(wish(deploy="d2", holder="bob@desk"), tmp_path, False)
 
 
 def test_a_lease_that_was_given_back_is_free(tmp_path: Path) -> None:
-    deploy_lease.apply(wish(), tmp_path, False)
-    assert deploy_lease.apply(wish("released"), tmp_path, False)["changed"]
-    assert deploy_lease.apply(wish(deploy="d2"), tmp_path, False)["lease"]["deploy"] == "d2"
+    lease.apply(wish(), tmp_path, False)
+    assert lease.apply(wish("released"), tmp_path, False)["changed"]
+    assert lease.apply(wish(deploy="d2"), tmp_path, False)["lease"]["deploy"] == "d2"
 
 
 def test_nobody_gives_back_what_is_not_theirs(tmp_path: Path) -> None:
-    deploy_lease.apply(wish(), tmp_path, False)
-    deploy_lease.apply(wish("released", deploy="d2"), tmp_path, False)
-    with pytest.raises(deploy_lease.LeaseError):
-        deploy_lease.apply(wish(deploy="d2"), tmp_path, False)
+    lease.apply(wish(), tmp_path, False)
+    lease.apply(wish("released", deploy="d2"), tmp_path, False)
+    with pytest.raises(lease.LeaseError):
+        lease.apply(wish(deploy="d2"), tmp_path, False)
 
 
 def test_an_expired_lease_is_free(tmp_path: Path) -> None:
-    deploy_lease.apply(wish(seconds=-1), tmp_path, False)
-    assert deploy_lease.apply(wish(deploy="d2"), tmp_path, False)["changed"]
+    lease.apply(wish(seconds=-1), tmp_path, False)
+    assert lease.apply(wish(deploy="d2"), tmp_path, False)["changed"]
 
 
 def test_only_the_named_lease_is_taken_over(tmp_path: Path) -> None:
-    deploy_lease.apply(wish(), tmp_path, False)
-    with pytest.raises(deploy_lease.LeaseError):
-        deploy_lease.apply(wish(deploy="d3", replaces="d2"), tmp_path, False)
-    assert deploy_lease.apply(wish(deploy="d3", replaces="d1"), tmp_path, False)["lease"]["deploy"] == "d3"
+    lease.apply(wish(), tmp_path, False)
+    with pytest.raises(lease.LeaseError):
+        lease.apply(wish(deploy="d3", replaces="d2"), tmp_path, False)
+    assert lease.apply(wish(deploy="d3", replaces="d1"), tmp_path, False)["lease"]["deploy"] == "d3"
 
 
 def test_a_renewal_moves_the_expiry_and_is_no_change(tmp_path: Path) -> None:
-    before = deploy_lease.apply(wish(), tmp_path, False)["lease"]
-    after = deploy_lease.apply(wish("renewed", seconds=600), tmp_path, False)
+    before = lease.apply(wish(), tmp_path, False)["lease"]
+    after = lease.apply(wish("renewed", seconds=600), tmp_path, False)
     assert not after["changed"] and after["lease"]["expires"] > before["expires"] + 500
     assert after["lease"]["since"] == before["since"]
 
 
 def test_a_lost_lease_is_noticed_at_the_next_renewal(tmp_path: Path) -> None:
-    deploy_lease.apply(wish(deploy="d2"), tmp_path, False)
-    with pytest.raises(deploy_lease.LeaseError, match="another deploy"):
-        deploy_lease.apply(wish("renewed"), tmp_path, False)
+    lease.apply(wish(deploy="d2"), tmp_path, False)
+    with pytest.raises(lease.LeaseError, match="another deploy"):
+        lease.apply(wish("renewed"), tmp_path, False)
 
 
 def test_check_mode_takes_nothing(tmp_path: Path) -> None:
-    assert deploy_lease.apply(wish(), tmp_path, True)["changed"]
+    assert lease.apply(wish(), tmp_path, True)["changed"]
     assert not (tmp_path / "lease.json").exists()
 
 
 def test_the_lease_is_for_root_alone(tmp_path: Path) -> None:
-    deploy_lease.apply(wish(), tmp_path, False)
+    lease.apply(wish(), tmp_path, False)
     assert stat.S_IMODE((tmp_path / "lease.json").stat().st_mode) == 0o600
 
 

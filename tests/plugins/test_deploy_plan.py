@@ -1,4 +1,4 @@
-"""What a deploy decides from what its hosts say."""
+"""What a deploy or a rollback decides from what its hosts say."""
 
 from __future__ import annotations
 
@@ -6,42 +6,67 @@ import copy
 from typing import Any
 
 import pytest
-from ansible.module_utils import deploy_plan
+from ansible.module_utils import deploy_plan, deploy_status
 
 NOW = 1_000_000.0
-RELEASE = {"id": "1.0-abc", "version": "1.0", "digest": "d" * 64, "path": "dist/x.tar.gz", "error": ""}
-CONTROLLER = {"holder": "me@here", "process": "m b n 1 2", "deploy": "me-1"}
+SCHEMA = {"head": "0002", "revisions": ["0001", "0002"]}
+RELEASE = {
+    "id": "1.0-abc",
+    "version": "1.0",
+    "digest": "d" * 64,
+    "path": "dist/x.tar.gz",
+    "error": "",
+    "schema": SCHEMA,
+}
+CONTROLLER = {"holder": "me@here", "process": "m b n 1 2", "deploy": "me-1", "began": "0"}
+SERVICES = ("api", "core", "services", "monitoring")
 
 
 def app(slot: str | None = "blue", number: int = 4, **other: Any) -> dict[str, Any]:
-    """Return the facts of an app host that is well."""
-    names = [f"atlas-{name}@{slot}.service" for name in ("api", "core", "services", "monitoring")]
+    """Return the facts of an app host that is well; *same* tells whether it has the wanted content already."""
+    names = [f"atlas-{name}@{slot}.service" for name in SERVICES]
+    same = other.pop("same", False)
+    old = {"release": "0.9-old", "schema": SCHEMA}
     return {
         "provisioned": True,
         "slot": slot,
         "slots": {"blue": None, "green": None} | ({slot: number} if slot else {}),
-        "deployments": {str(number): {"release": "0.9-old"}} if slot else {},
+        "running": [slot] if slot else [],
+        "warm": {},
+        "stale_units": [],
+        "as_inventory": same if slot else None,
+        "digest": "d" * 64 if same else "0" * 64,
+        "settings": {},
+        "deployments": {str(number): old} if slot else {},
         "good": [number] if slot else [],
         "highest": number if slot else 0,
         "transaction": {},
         "units": {name: {"state": "active", "restarts": 0, "memory": 1 << 20} for name in names} if slot else {},
         "ready": {"status": 200, "release": "0.9-old"} if slot else None,
         "journal": [],
-        "edge": {"installed": False, "lease": {}},
+        "edge": {"installed": False, "lease": {}, "owed": {}},
         "disk": {"opt_mb": 9000, "var_mb": 9000},
         "memory": {"total_mb": 4000, "available_mb": 3000},
         "debian": {"id": "debian", "version": "12"},
         "python": "3.11",
         "postgresql": False,
         "foreign_ports": [],
+        "clock": NOW,
     } | other
 
 
-def edge(
-    active: str = "be_blue", lease: dict[str, Any] | None = None, servers: dict[str, str] | None = None, **other: Any
-) -> dict[str, Any]:
+def edge(active: str = "be_blue", file: str | None = None, **other: Any) -> dict[str, Any]:
     """Return the facts of an edge host that is well."""
-    balancer = {"installed": True, "file": active, "memory": active, "servers": servers or {}, "lease": lease or {}}
+    servers = {f"be_{slot}/app{n}": "UP" for slot in ("blue", "green") for n in (1, 2, 3)}
+    balancer = {
+        "installed": True,
+        "file": file or active,
+        "memory": active,
+        "servers": servers | other.pop("servers", {}),
+        "lease": {},
+        "owed": {},
+        "switched_by_deploy": True,
+    }
     return app(slot=None) | {"provisioned": False, "edge": balancer | other}
 
 
@@ -54,11 +79,24 @@ def options(**other: Any) -> dict[str, Any]:
         "strategy": "rolling",
         "force": False,
         "unlock": False,
+        "contract": False,
+        "rollback": {},
+        "quorum": 0,
+        "edge_quorum": 0,
         "disk_mb": 1024,
         "memory_mb": 256,
+        "skew_seconds": 5.0,
+        "asked_at": NOW - 2,
+        "steps": [{"percent": 25, "seconds": 3, "samples": 0}, {"percent": 100, "seconds": 3, "samples": 0}],
+        "lease_seconds": 3600,
+        "longest_seconds": 300,
         "inventory": "INV",
         "credentials": {"fernet_keys": 44, "tokens": 100},
     } | other
+
+
+THREE: dict[str, Any] = {"hosts": ["app1", "app2", "app3"]}
+TWO_EDGES: dict[str, Any] = {"edges": ["edge1", "edge2"]}
 
 
 def fleet(**other: Any) -> dict[str, Any]:
@@ -66,41 +104,47 @@ def fleet(**other: Any) -> dict[str, Any]:
     return {"app1": app(), "app2": app(), "edge1": edge()} | other
 
 
-def decide(
-    facts: dict[str, Any],
-    wanted: dict[str, Any] | None = None,
-    same: bool = False,
-    dead: bool = False,
-    release: Any = None,
-) -> dict[str, Any]:
-    """Return the plan for *facts*; *same* tells whether the hosts have the wanted content already."""
-    compared = {host: {"unchanged": same} for host in ("app1", "app2")}
-    return deploy_plan.plan(
-        facts, compared, release or RELEASE, wanted or options(), CONTROLLER, lambda process: dead, NOW
-    )
+def settled(**other: Any) -> dict[str, Any]:
+    """Return the facts of a fleet that has what is wanted."""
+    return fleet(app1=app(same=True), app2=app(same=True)) | other
+
+
+def decide(facts: dict[str, Any], dead: bool = False, release: Any = None, **other: Any) -> dict[str, Any]:
+    """Return the plan for *facts*; *dead* tells whether the processes of leases are gone."""
+    return deploy_plan.plan(facts, release or RELEASE, options(**other), CONTROLLER, lambda process: dead, NOW)
+
+
+# Mode, slots, number
 
 
 def test_rolling_stays_in_the_slot_that_serves() -> None:
     plan = decide(fleet())
-    assert (plan["rolling"], plan["slot"], plan["old_slot"], plan["number"]) == (True, "blue", "blue", 5)
-    assert plan["findings"] == [] and not plan["nothing_to_do"]
+    assert (plan["mode"], plan["rolling"], plan["slot"], plan["old_slot"], plan["number"]) == (
+        "deploy", True, "blue", "blue", 5,
+    )  # fmt: skip
+    assert plan["findings"] == []
 
 
 def test_blue_green_takes_the_other_slot() -> None:
-    plan = decide(fleet(), options(strategy="blue_green"))
-    assert (plan["rolling"], plan["slot"], plan["old_slot"], plan["old_numbers"]) == (False, "green", "blue", [4])
+    plan = decide(fleet(), strategy="blue_green")
+    assert (plan["rolling"], plan["slot"], plan["old_slot"], plan["old_number"]) == (False, "green", "blue", 4)
 
 
 def test_a_single_host_is_never_drained_first() -> None:
-    facts = {"app1": app(), "edge1": edge()}
-    compared = {"app1": {"unchanged": False}}
-    plan = deploy_plan.plan(facts, compared, RELEASE, options(hosts=["app1"]), CONTROLLER, lambda process: False, NOW)
+    plan = decide({"app1": app(), "edge1": edge()}, hosts=["app1"])
     assert (plan["rolling"], plan["slot"]) == (False, "green")
 
 
+def test_nor_is_the_only_host_that_can_be_reached() -> None:
+    plan = decide(fleet(app2={"unreachable": True}), quorum=1)
+    assert (plan["rolling"], plan["hosts"], plan["missing"], plan["findings"]) == (False, ["app1"], ["app2"], [])
+
+
 def test_the_first_deploy_fills_the_slot_that_the_edges_name() -> None:
-    plan = decide({"app1": app(slot=None), "app2": app(slot=None), "edge1": edge()})
-    assert (plan["rolling"], plan["slot"], plan["first"], plan["number"]) == (False, "blue", True, 1)
+    plan = decide({"app1": app(slot=None), "app2": app(slot=None), "edge1": edge("be_green")})
+    assert (plan["mode"], plan["rolling"], plan["slot"], plan["first"], plan["number"]) == (
+        "deploy", False, "green", True, 1,
+    )  # fmt: skip
 
 
 def test_numbers_are_never_used_twice_in_a_fleet() -> None:
@@ -108,25 +152,52 @@ def test_numbers_are_never_used_twice_in_a_fleet() -> None:
 
 
 def test_equal_content_that_serves_means_nothing_to_do() -> None:
-    assert decide(fleet(), same=True)["nothing_to_do"]
+    plan = decide(settled())
+    assert plan["nothing_to_do"] and deploy_plan.play_hosts("lock", plan, [], []) == []
 
 
 @pytest.mark.parametrize(
-    "facts",
+    "other",
     [
-        fleet(app2=app(ready={"status": 503})),
-        fleet(app2=app(number=3)),
-        fleet(app2=app(units={"atlas-core@blue.service": {"state": "failed", "restarts": 0, "memory": 0}})),
-        fleet(edge1=edge("be_green")),
+        app(same=True, ready={"status": 503}),
+        app(same=True, number=3),
+        app(same=True, units={"atlas-core@blue.service": {"state": "failed", "restarts": 0, "memory": 0}}),
+        app(same=True, stale_units=["atlas-core@blue.service"]),
+        app(same=False),
+        app(slot=None),
+        app("green", 4, same=True),
     ],
-    ids=["not ready", "another deployment", "a service failed", "edges send traffic elsewhere"],
+    ids=["not ready", "another deployment", "a service failed", "units changed", "settings", "new", "other slot"],
 )
-def test_equal_content_that_does_not_serve_is_deployed(facts: dict[str, Any]) -> None:
-    assert not decide(facts, same=True)["nothing_to_do"]
+def test_a_host_without_it_gets_what_the_others_serve(other: dict[str, Any]) -> None:
+    plan = decide(settled(app3=other), **THREE)
+    assert (plan["mode"], plan["hosts"], plan["number"], plan["slot"], plan["rolling"]) == (
+        "join", ["app3"], 4, "blue", True,
+    )  # fmt: skip
+    assert deploy_plan.play_hosts("migrate", plan, [], []) == []
+    assert deploy_plan.play_hosts("stage", plan, [], []) == ["app3"]
+
+
+def test_units_that_changed_everywhere_are_a_deploy() -> None:
+    stale = app(same=True, stale_units=["atlas-api@blue.service"])
+    assert decide(fleet(app1=stale, app2=copy.deepcopy(stale)))["mode"] == "deploy"
 
 
 def test_force_deploys_what_serves() -> None:
-    assert not decide(fleet(), options(force=True), same=True)["nothing_to_do"]
+    assert decide(settled(), force=True)["mode"] == "deploy"
+
+
+def test_a_new_edge_is_brought_in_line_although_nothing_else_is_to_do() -> None:
+    green = {f"app{n}": app("green", same=True) for n in (1, 2)}
+    facts = green | {"edge1": edge("be_green"), "edge2": edge("be_blue", switched_by_deploy=False)}
+    plan = decide(facts, **TWO_EDGES)
+    assert plan["findings"] == [] and plan["mode"] == "tidy"
+    assert (plan["undo"]["traffic_to"], plan["undo"]["astray"]) == ("green", ["edge2"])
+    assert deploy_plan.play_hosts("cleanup_edges", plan, [], []) == ["edge1", "edge2"]
+    assert deploy_plan.play_hosts("finish", plan, [], []) == []
+
+
+# Findings
 
 
 @pytest.mark.parametrize(
@@ -134,28 +205,83 @@ def test_force_deploys_what_serves() -> None:
     [
         (fleet(app2={"unreachable": True, "msg": "no route"}), {}, None, "app2 cannot be reached: no route. Check"),
         (fleet(app2={"msg": "boom"}), {}, None, "app2 cannot be looked at: boom"),
+        (fleet(edge2={"unreachable": True}), TWO_EDGES, None, "edge2 cannot be reached"),
+        (fleet(), {"databases": ["db1"]}, None, "db1 cannot be looked at: no answer"),
         (fleet(app1=app(disk={"opt_mb": 10, "var_mb": 9000})), {}, None, "app1: 10 MB free at /opt/atlas"),
         (fleet(app1=app(memory={"total_mb": 1, "available_mb": 1})), {}, None, "app1: 1 MB of memory"),
         (fleet(app1=app(debian={"id": "debian", "version": "11"})), {}, None, "app1 runs debian 11"),
         (fleet(app1=app(provisioned=False)), {}, None, "app1 has no Atlas units"),
         (fleet(app1=app(foreign_ports=[8102])), {}, None, "app1: port 8102 is taken"),
+        (fleet(app1=app(clock=NOW + 9)), {}, None, "app1: its clock is 9 s ahead of this machine's"),
+        (fleet(edge1=edge() | {"clock": NOW - 62}), {}, None, "edge1: its clock is 60 s behind this machine's"),
+        (fleet(app4=app()), {"hosts": ["app1", "app2", "app4"]}, None, "edge1: HAProxy does not know app4 yet"),
         (fleet(edge1=app(slot=None)), {}, None, "edge1 has no HAProxy"),
+        (fleet(edge1=edge(error="dead")), {}, None, "edge1: HAProxy does not run: dead"),
         (fleet(db1=app(slot=None)), {"databases": ["db1"]}, None, "db1: PostgreSQL is not installed"),
-        (fleet(edge2=edge("be_green")), {"edges": ["edge1", "edge2"]}, None, "The edges disagree"),
+        (fleet(edge2=edge("be_green")), TWO_EDGES, None, "The edges disagree"),
+        (fleet(edge1=edge("be_green", file="be_blue")), {}, None, "The edges disagree"),
         (fleet(), {}, RELEASE | {"error": "not signed"}, "not signed"),
         (fleet(), {"strategy": "all_at_once"}, None, "deploy_strategy is 'all_at_once'"),
         (fleet(), {"credentials": {"tokens": 10}}, None, "atlas_credentials lacks fernet_keys"),
+        (fleet(), {"steps": [{"percent": 50}]}, None, "deploy_canary_steps names 50;"),
+        (fleet(), {"steps": [{"percent": 50}, {"percent": 50}, {"percent": 100}]}, None, "deploy_canary_steps"),
+        (fleet(), {"lease_seconds": 300}, None, "deploy_lease_seconds is 300, but a single phase may take 300 s"),
     ],
 )
 def test_preflight_finds(facts: dict[str, Any], wanted: dict[str, Any], release: Any, said: str) -> None:
-    findings = decide(facts, options(**wanted), release=release)["findings"]
+    findings = decide(facts, release=release, **wanted)["findings"]
     assert len(findings) == 1 and findings[0].startswith(said), findings
 
 
-def test_preflight_reports_all_findings_at_once() -> None:
-    facts = fleet(app1=app(foreign_ports=[8101]), app2={"unreachable": True, "msg": "gone"})
-    assert len(decide(facts, release=RELEASE | {"error": "not signed"})["findings"]) == 3
+def test_a_clock_that_was_read_while_a_slow_host_answered_is_not_off() -> None:
+    """It was asked 30 s ago; any time since then is right."""
+    assert decide(fleet(app1=app(clock=NOW - 29), app2=app(clock=NOW + 4)), asked_at=NOW - 30)["findings"] == []
 
+
+def test_preflight_reports_all_findings_at_once() -> None:
+    facts = fleet(app1=app(foreign_ports=[8101], clock=NOW + 99), app2={"unreachable": True, "msg": "gone"})
+    assert len(decide(facts, release=RELEASE | {"error": "not signed"})["findings"]) == 4
+
+
+# Hosts and edges that are away
+
+
+def test_the_quorum_is_explicit_and_the_finding_says_how_to_go_on() -> None:
+    facts = fleet(app3={"unreachable": True, "msg": "gone"})
+    (finding,) = decide(facts, **THREE)["findings"]
+    assert finding.endswith("To go on without: -e deploy_quorum=2.")
+    assert decide(facts, quorum=3, **THREE)["findings"]
+    plan = decide(facts, quorum=2, **THREE)
+    assert (plan["findings"], plan["hosts"], plan["missing"]) == ([], ["app1", "app2"], ["app3"])
+    assert any("left out     app3" in line for line in deploy_plan.summary(plan, options(**THREE)))
+
+
+OWED = {"app3": {"deployment": 5, "deploy": "x", "since": "2026-01-01T00:00:00Z"}}
+
+
+@pytest.mark.parametrize("other", [app(same=False, number=3), app("green", 3)], ids=["same slot", "other slot"])
+def test_an_owed_host_is_brought_up_to_date_although_the_others_have_nothing_to_do(other: dict[str, Any]) -> None:
+    servers = {"be_blue/app3": "MAINT"}
+    plan = decide(settled(app3=other, edge1=edge(owed=OWED, servers=servers)), **THREE)
+    assert plan["findings"] == []
+    assert (plan["mode"], plan["hosts"], plan["slot"], plan["number"]) == ("join", ["app3"], "blue", 4)
+    assert plan["undo"]["hosts"] == []
+
+
+def test_an_owed_host_has_no_say_on_the_slot_in_service() -> None:
+    facts = {"app1": app("green", 5), "app3": app("blue", 4), "app2": app("blue", 4), "edge1": edge("be_green")}
+    facts["edge1"]["edge"]["owed"] = OWED | {"app2": OWED["app3"]}
+    assert decide(facts, **THREE)["old_slot"] == "green"
+
+
+def test_an_owed_edge_is_brought_in_line_with_the_others() -> None:
+    facts = {"app1": app("green"), "app2": app("green"), "edge1": edge("be_green"), "edge2": edge("be_blue")}
+    facts["edge1"]["edge"]["owed"] = {"edge2": {}}
+    plan = decide(facts, **TWO_EDGES)
+    assert plan["findings"] == [] and plan["undo"]["astray"] == ["edge2"]
+
+
+# The lock
 
 LEASE = {
     "deploy": "other-1",
@@ -180,9 +306,13 @@ def test_a_held_lock_is_a_finding_that_names_its_holder() -> None:
 def test_a_dead_lock_is_taken_over_and_its_deploy_cleaned_up(
     lease: dict[str, Any], wanted: dict[str, Any], dead: bool
 ) -> None:
-    plan = decide(fleet(edge1=edge(lease=lease)), options(**wanted), same=True, dead=dead)
+    plan = decide(settled(edge1=edge(lease=lease)), dead=dead, **wanted)
     assert plan["findings"] == [] and plan["replaces"] == {"edge1": "other-1"}
-    assert plan["undo"]["needed"] and not plan["nothing_to_do"]
+    assert plan["undo"]["interrupted"] and plan["mode"] == "tidy"
+    assert deploy_plan.play_hosts("cleanup_lead", plan, [], []) == ["app1"]
+
+
+# What a killed deploy left
 
 
 def killed(slot: str, in_service: str | None, before: int | None = 4) -> dict[str, Any]:
@@ -194,65 +324,247 @@ def killed(slot: str, in_service: str | None, before: int | None = 4) -> dict[st
 def test_a_killed_rolling_deploy_goes_back_where_it_had_begun() -> None:
     half = app(number=5, good=[4], transaction=killed("blue", "blue"))
     plan = decide(fleet(app1=half))
-    assert (plan["undo"]["hosts"], plan["undo"]["back"], plan["undo"]["switch_to"]) == (["app1"], ["app1"], None)
+    assert (plan["undo"]["hosts"], plan["undo"]["forward"], plan["undo"]["traffic_to"]) == (["app1"], [], None)
     assert plan["number"] == 6 and plan["current"] == {"app1": 4, "app2": 4}
 
 
 def test_a_host_that_was_drained_but_not_changed_comes_back_too() -> None:
-    servers = {"be_blue/app1": "UP", "be_blue/app2": "MAINT", "be_green/app1": "DOWN"}
-    plan = decide(fleet(edge1=edge(lease=LEASE, servers=servers)), dead=True)
+    plan = decide(fleet(edge1=edge(lease=LEASE, servers={"be_blue/app2": "MAINT"})), dead=True)
     assert plan["undo"]["hosts"] == ["app2"]
 
 
 def test_a_host_that_an_edge_keeps_out_is_brought_back_although_its_content_is_right() -> None:
-    servers = {"be_blue/app1": "UP", "be_blue/app2": "MAINT", "be_green/app1": "MAINT"}
-    plan = decide(fleet(edge1=edge(servers=servers)), same=True)
-    assert plan["undo"]["hosts"] == ["app2"] and not plan["nothing_to_do"]
-    state = deploy_plan.status(fleet(edge1=edge(servers=servers)), {}, ["app1", "app2"], ["edge1"])
-    assert state["edge"]["edge1"]["drift"] == ["app2 gets no traffic"]
+    servers = {"be_blue/app2": "MAINT", "be_green/app1": "MAINT"}
+    plan = decide(settled(edge1=edge(servers=servers)))
+    assert plan["undo"]["hosts"] == ["app2"] and plan["mode"] == "tidy"
 
 
-def test_a_killed_switch_sends_traffic_back_and_deploys_to_the_idle_slot() -> None:
+@pytest.mark.parametrize(
+    "balancer",
+    [edge("be_green"), edge("be_mixed", file="be_blue"), edge("be_green", file="be_blue")],
+    ids=["switched", "in its canary", "between file and memory"],
+)
+def test_a_killed_switch_sends_traffic_back_and_deploys_to_the_idle_slot(balancer: dict[str, Any]) -> None:
     half = app(transaction=killed("green", "blue"), slots={"blue": 4, "green": 5})
-    plan = decide(fleet(app1=half, app2=copy.deepcopy(half), edge1=edge("be_green")), options(strategy="blue_green"))
+    plan = decide(fleet(app1=half, app2=copy.deepcopy(half), edge1=balancer), strategy="blue_green")
     assert plan["findings"] == []
-    assert (plan["undo"]["switch_to"], plan["old_slot"], plan["slot"]) == ("blue", "blue", "green")
+    assert (plan["undo"]["traffic_to"], plan["old_slot"], plan["slot"]) == ("blue", "blue", "green")
+    assert deploy_plan.play_hosts("cleanup_edges", plan, [], []) == ["edge1"]
+
+
+def test_edges_that_a_killed_deploy_left_apart_are_no_finding() -> None:
+    half = app(transaction=killed("green", "blue"), slots={"blue": 4, "green": 5})
+    facts = fleet(app1=half, app2=copy.deepcopy(half), edge1=edge("be_green"), edge2=edge("be_blue"))
+    plan = decide(facts, strategy="blue_green", **TWO_EDGES)
+    assert plan["findings"] == [] and plan["undo"]["astray"] == ["edge1"]
 
 
 def test_after_the_point_of_no_return_the_rest_goes_forward() -> None:
     done = app("green", 5, good=[4, 5])
     half = app(transaction=killed("green", "blue"), slots={"blue": 4, "green": 5})
-    undo = decide(fleet(app1=done, app2=half, edge1=edge("be_green")))["undo"]
-    assert (undo["forward"], undo["back"], undo["switch_to"]) == (["app2"], [], None)
+    plan = decide(fleet(app1=done, app2=half, edge1=edge("be_green")), strategy="blue_green")
+    assert (plan["undo"]["forward"], plan["undo"]["traffic_to"]) == (["app2"], None)
+    assert plan["current"] == {"app1": 5, "app2": 5} and plan["slot"] == "blue"
+
+
+def test_the_edge_that_missed_the_switch_follows_hosts_that_finished() -> None:
+    done = app("green", 5, good=[4, 5])
+    facts = {"app1": done, "app2": copy.deepcopy(done), "edge1": edge(lease=LEASE), "edge2": edge("be_green")}
+    assert decide(facts, dead=True, **TWO_EDGES)["undo"]["traffic_to"] == "green"
+
+
+# Rollback
+
+
+def rollback(facts: dict[str, Any], number: int | None = None, **other: Any) -> dict[str, Any]:
+    return decide(facts, release={}, rollback={"deployment": number or ""}, **other)
+
+
+def history(*numbers: int, **other: Any) -> dict[str, Any]:
+    """Return the facts of a host that serves the last of *numbers*, all of them good."""
+    deployments = {str(n): {"release": f"0.{n}", "digest": str(n), "schema": SCHEMA} for n in numbers}
+    return app(number=numbers[-1], good=list(numbers), deployments=deployments, **other)
+
+
+def test_a_rollback_goes_to_the_last_good_deployment_and_marks_what_it_leaves() -> None:
+    plan = rollback(fleet(app1=history(3, 4, 5), app2=history(3, 4, 5)))
+    assert plan["findings"] == []
+    assert (plan["mode"], plan["number"], plan["rolled_back"], plan["rolling"]) == ("rollback", 4, 5, True)
+    assert plan["release"]["id"] == "0.4"
+    assert deploy_plan.play_hosts("stage", plan, [], []) == [] == deploy_plan.play_hosts("migrate", plan, [], [])
+
+
+def test_a_deployment_that_was_not_good_everywhere_is_passed_over() -> None:
+    bad = history(3, 4, 5) | {"good": [3, 5]}
+    assert rollback(fleet(app1=history(3, 4, 5), app2=bad))["number"] == 3
+
+
+def test_a_warm_slot_is_one_switch_away_whatever_the_strategy() -> None:
+    warm = history(3, 4, slots={"blue": 4, "green": 3}, running=["blue", "green"])
+    plan = rollback(fleet(app1=warm, app2=copy.deepcopy(warm)))
+    assert (plan["warm"], plan["rolling"], plan["slot"], plan["number"]) == (True, False, "green", 3)
+    cold = rollback(fleet(app1=warm, app2=copy.deepcopy(warm) | {"running": ["blue"]}), strategy="blue_green")
+    assert (cold["warm"], cold["rolling"], cold["slot"]) == (False, False, "green")
+
+
+@pytest.mark.parametrize(
+    ("facts", "number", "said"),
+    [
+        (fleet(), None, "There is no earlier deployment that was good"),
+        (fleet(app1=history(3, 4), app2=history(3, 4)), 9, "Deployment 9 is not on the hosts any more; retained"),
+        (fleet(app1=history(3, 4), app2=history(3, 4)), 4, "Deployment 4 is in service already"),
+        (fleet(app1=history(3, 4), app2=app()), 3, "app2 does not have deployment 3. To go on without"),
+    ],
+)
+def test_a_rollback_that_cannot_be_says_why(facts: dict[str, Any], number: int | None, said: str) -> None:
+    (finding,) = rollback(facts, number)["findings"]
+    assert finding.startswith(said)
+
+
+def test_a_host_that_lacks_the_deployment_is_left_out_under_a_quorum() -> None:
+    plan = rollback(fleet(app1=history(3, 4), app2=app()), 3, quorum=1)
+    assert (plan["findings"], plan["hosts"], plan["missing"]) == ([], ["app1"], ["app2"])
+
+
+def test_a_rollback_shows_what_it_changes_without_secrets() -> None:
+    host = history(3, 4, settings={"3": "a: 1\nb: 2\n", "4": "a: 1\nb: 3\n"})
+    facts = fleet(app1=host, app2=copy.deepcopy(host))
+    assert deploy_plan.changes(facts, rollback(facts)) == [
+        "app1, app2:",
+        "  release      0.4 -> 0.3",
+        "  settings     - b: 3",
+        "  settings     + b: 2",
+        "  credentials  those of deployment 3",
+    ]
+
+
+# Schema
+
+NEWER = {"head": "0003", "revisions": ["0001", "0002", "0003"]}
+APPLIED = {"0001": "expand", "0002": "expand", "0003": "contract"}
+
+
+def test_the_database_is_asked_only_where_its_answer_matters() -> None:
+    assert deploy_plan.asks_schema(fleet(), RELEASE, options()) == {}
+    newer = app(deployments={"4": {"release": "2.0", "schema": NEWER}})
+    asked = {"host": "app1", "slot": "blue", "number": 4}
+    assert deploy_plan.asks_schema(fleet(app2=newer), RELEASE, options()) == asked
+    assert deploy_plan.asks_schema(fleet(), RELEASE, options(contract=True)) == asked
+
+
+def test_a_release_older_than_what_the_database_needs_is_refused() -> None:
+    (finding,) = decide(fleet(), applied=APPLIED)["findings"]
+    assert finding.startswith(
+        "Release 1.0-abc cannot serve on the database: it does not know the contract revision 0003"
+    )
+    assert decide(fleet(), applied=APPLIED | {"0003": "expand"})["findings"] == []
+
+
+def test_so_is_a_rollback_to_one() -> None:
+    facts = fleet(app1=history(3, 4), app2=history(3, 4))
+    assert "0003" in rollback(facts, applied=APPLIED)["findings"][0]
+
+
+def test_contract_is_refused_while_a_retained_deployment_needs_the_old_schema() -> None:
+    applied = {"0001": "expand", "0002": "expand"}
+    newer = RELEASE | {"schema": NEWER}
+    (finding,) = decide(fleet(), release=newer, contract=True, applied=applied)["findings"]
+    assert "deployment 4 (release 0.9-old, on app1, app2)" in finding and "0003" in finding
+    ready = app(same=True, deployments={"4": {"release": "1.0-abc", "schema": NEWER}})
+    plan = decide(fleet(app1=ready, app2=copy.deepcopy(ready)), release=newer, contract=True, applied=applied)
+    assert (plan["findings"], plan["mode"], plan["contract"]) == ([], "deploy", True)
+    done = decide(fleet(app1=ready, app2=copy.deepcopy(ready)), release=newer, contract=True, applied=APPLIED)
+    assert done["nothing_to_do"]
+
+
+# Who takes part
+
+
+def failure(phase: str, host: str = "app1") -> dict[str, Any]:
+    return {"host": host, "phase": phase, "message": "", "log": []}
+
+
+@pytest.mark.parametrize(
+    ("phase", "undo_edges", "undo_hosts", "undo_lead"),
+    [
+        ("lock", [], [], []),
+        ("stage", [], [], []),
+        ("migrate", [], [], ["app2"]),
+        ("switch", ["edge1"], ["app1", "app2"], ["app2"]),
+        ("verify", ["edge1"], ["app1", "app2"], ["app2"]),
+        ("finish", [], [], []),
+    ],
+)
+def test_what_a_failure_undoes(phase: str, undo_edges: list[str], undo_hosts: list[str], undo_lead: list[str]) -> None:
+    plan = decide(fleet(), strategy="blue_green")
+    touched = ["app1", "app2"] if phase in ("switch", "verify", "finish") else []
+
+    def hosts(name: str) -> list[str]:
+        return deploy_plan.play_hosts(name, plan, [failure(phase)], touched)
+
+    assert (hosts("undo_edges"), hosts("undo_hosts"), hosts("undo_lead")) == (undo_edges, undo_hosts, undo_lead)
+    assert hosts("switch_traffic") == hosts("finish") == hosts("stage") == []
+    assert hosts("unlock") == ["edge1"] and hosts("result") == ["app1"]
+
+
+def test_the_order_of_a_rolling_deploy() -> None:
+    plan = decide(fleet())
+
+    def hosts(name: str) -> list[str]:
+        return deploy_plan.play_hosts(name, plan, [], [])
+
+    assert (hosts("switch_first"), hosts("switch_watch"), hosts("switch_rolling")) == (
+        ["app1"], ["edge1", "app1"], ["app2"],
+    )  # fmt: skip
+    assert hosts("switch_start") == hosts("switch_traffic") == []
+    assert hosts("verify") == ["edge1", "app1", "app2"]
+
+
+# Status
+
+
+def status(facts: dict[str, Any], hosts: tuple[str, ...] = ("app1", "app2")) -> dict[str, Any]:
+    return deploy_status.status(facts, hosts, ["edge1"])
 
 
 def test_status_names_what_is_not_as_it_should_be() -> None:
-    facts = fleet(
-        app2=app(number=3, ready={"status": 200, "release": "0.8"}, deployments={"3": {"release": "0.9-old"}})
+    facts = settled(
+        app1=app(number=5, same=False, stale_units=["atlas-api@blue.service"]),
+        app2=app(number=5, same=True),
+        app3=app(number=3, ready={"status": 200, "release": "0.8"}, same=True),
+        edge1=edge("be_blue", file="be_green", servers={"be_blue/app2": "MAINT", "be_blue/app3": "MAINT"}, owed=OWED),
     )
-    state = deploy_plan.status(
-        facts, {"app1": {"unchanged": False}, "app2": {"unchanged": True}}, ["app1", "app2"], ["edge1"]
-    )
-    assert "settings or credentials differ from the inventory" in state["app"]["app1"]["drift"]
-    assert "answers as release 0.8" in state["app"]["app2"]["drift"]
-    assert all("hosts have different deployments" in row["drift"] for row in state["app"].values())
+    state = status(facts, ("app1", "app2", "app3"))
+    assert state["app"]["app1"]["drift"] == [
+        "settings or credentials differ from the inventory",
+        "units changed since they were started",
+    ]
+    assert state["app"]["app2"]["drift"] == []
+    assert state["app"]["app3"]["drift"] == ["answers as release 0.8", "others have deployment 5"]
+    assert state["app"]["app3"]["owed"]["deployment"] == 5
+    assert state["edge"]["edge1"]["drift"] == ["slot.map says be_green", "app2 gets no traffic"]
+    assert "owed deployment 5" in deploy_status.table(state)
 
 
 def test_status_shows_maintenance_and_a_certificate_that_ends() -> None:
-    facts = fleet(edge1=edge(maintenance="The database moves", certificate_days=13))
-    state = deploy_plan.status(facts, {}, ["app1", "app2"], ["edge1"])
+    state = status(settled(edge1=edge(maintenance="The database moves", certificate_days=13)))
     assert state["edge"]["edge1"]["drift"] == ["in maintenance: The database moves", "the certificate ends in 13 days"]
-    assert "13 days left" in deploy_plan.table(state)
-    well = deploy_plan.status(fleet(edge1=edge(certificate_days=14)), {}, ["app1", "app2"], ["edge1"])
-    assert well["edge"]["edge1"]["drift"] == []
+    assert "13 days left" in deploy_status.table(state)
+    assert status(settled(edge1=edge(certificate_days=14)))["edge"]["edge1"]["drift"] == []
 
 
 def test_status_of_a_fleet_that_is_well_has_no_drift() -> None:
-    state = deploy_plan.status(fleet(), {}, ["app1", "app2"], ["edge1"])
-    lines = deploy_plan.table(state).splitlines()
-    assert [line.split()[-1] for line in lines[1:3]] == ["none", "none"] and "blue" in lines[1]
+    warm = app(
+        same=True,
+        slots={"blue": 4, "green": 3},
+        warm={"green": 1_000},
+        deployments={"3": {}, "4": {"release": "0.9-old"}},
+    )
+    lines = deploy_status.table(status(settled(app1=warm))).splitlines()
+    assert [line.split()[-1] for line in lines[1:3]] == ["none", "none"]
+    assert "3 until 00:16:40 UTC" in lines[1] and " 3? 4 " in lines[1]
 
 
 def test_status_shows_hosts_that_cannot_be_reached() -> None:
-    state = deploy_plan.status({"app1": {"unreachable": True, "msg": "gone"}}, {}, ["app1"], ["edge1"])
-    assert "not reachable" in deploy_plan.table(state)
+    state = status({"app1": {"unreachable": True, "msg": "gone"}}, ("app1",))
+    assert "not reachable" in deploy_status.table(state)

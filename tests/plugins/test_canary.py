@@ -1,0 +1,226 @@
+"""Whether a new release is told from an old one by what is counted, and never by chance or for lack of samples."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+from ansible.module_utils import canary
+
+LIMITS = {"samples": 20, "error_percent": 1.0, "slow_percent": 10.0, "slow_ms": 100, "job_percent": 10.0}
+BOUNDS = ("0.01", "0.025", "0.05", "0.1", "0.25", "0.5", "1.0", "+Inf")
+
+
+def histogram(**counts: int) -> dict[str, float]:
+    """Return a histogram from counts per bucket, such as ``b0_05=3``: three requests took 0.025 to 0.05 s."""
+    total, found = 0, {}
+    for bound in BOUNDS:
+        total += counts.get("b" + bound.replace(".", "_").replace("+", ""), 0)
+        found[bound] = float(total)
+    return found
+
+
+QUICK = histogram(b0_025=90, b0_05=10)
+
+
+def seen(requests: int = 100, errors: int = 0, **other: Any) -> dict[str, Any]:
+    """Return what was counted of one release."""
+    counts = {"requests": requests, "errors": errors, "milliseconds": 20.0, "histogram": QUICK, "jobs": [0, 50]}
+    return counts | other
+
+
+OLD = seen(400)
+
+
+def judge(new: dict[str, Any], old: dict[str, Any] = OLD, **limits: float) -> str:
+    return str(canary.judge(new, old, LIMITS | limits)["verdict"])
+
+
+def test_a_release_that_does_as_well_passes() -> None:
+    assert judge(seen()) == "pass"
+
+
+@pytest.mark.parametrize("count", [0, 5, 19])
+def test_too_few_samples_are_never_success(count: int) -> None:
+    found = canary.judge(seen(count), OLD, LIMITS)
+    assert found["verdict"] == "inconclusive"
+    assert found["reasons"] == [f"{count} of 20 requests needed to tell"]
+
+
+@pytest.mark.parametrize(
+    ("new", "said"),
+    [
+        (seen(20, errors=1), "1 of 20 (5.0 %) requests failed, of the old release 0 of 400"),
+        (seen(5, errors=2), "2 of 5 (40.0 %) requests failed"),
+        (seen(100, errors=100), "100 of 100"),
+        (seen(histogram=histogram(b0_5=100)), "100 of 100 (100.0 %) requests were slow, of the old release 0 of 100"),
+        (seen(histogram=histogram(b0_025=80, b1_0=20)), "20 of 100 (20.0 %) requests were slow"),
+        (seen(milliseconds=2000.0), "answers took 2000 ms on average at HAProxy, of the old release 20 ms"),
+        (seen(jobs=[9, 10]), "9 of 10 (90.0 %) jobs failed, of the old release 0 of 50"),
+    ],
+)
+def test_a_release_that_does_worse_fails(new: dict[str, Any], said: str) -> None:
+    found = canary.judge(new, OLD, LIMITS)
+    assert found["verdict"] == "fail"
+    assert any(reason.startswith(said) for reason in found["reasons"]), found["reasons"]
+
+
+def test_one_failure_alone_does_not_convict_before_there_are_enough_samples() -> None:
+    assert judge(seen(10, errors=1)) == "inconclusive"
+
+
+def test_what_the_old_release_does_as_badly_is_no_fault_of_the_new_one() -> None:
+    bad: dict[str, Any] = {"errors": 40, "histogram": histogram(b0_025=50, b1_0=50), "jobs": [30, 60]}
+    assert judge(seen(100, **{**bad, "errors": 11}), seen(400, **bad)) != "fail"
+
+
+def test_a_difference_that_may_be_chance_is_inconclusive() -> None:
+    """2 of 20 where the old release fails 2 of 100: more than 1 % more, and yet it happens to equal releases."""
+    assert judge(seen(20, errors=2), seen(100, errors=3)) == "inconclusive"
+
+
+def test_pages_that_cannot_be_fetched_convict_nobody_without_a_comparison() -> None:
+    assert judge(seen(jobs=[2, 5]), seen(400, jobs=[0, 0])) == "pass"
+    assert judge(seen(jobs=[20, 20]), seen(400, jobs=[0, 0])) == "fail"
+
+
+def test_without_an_old_release_failures_still_count() -> None:
+    assert judge(seen(50, errors=25), seen(0)) == "fail"
+
+
+def test_equal_releases_seldom_fail_and_a_broken_one_always_does() -> None:
+    """2,000 canaries of 50 requests at an error rate of 2 % on both sides, and 200 with 30 % on the new one."""
+    chance = random.Random(7)  # noqa: S311 - repeatable
+
+    def errors(count: int, rate: float) -> int:
+        return sum(chance.random() < rate for _ in range(count))
+
+    equal = [judge(seen(50, errors(50, 0.02)), seen(950, errors(950, 0.02))) for _ in range(2000)]
+    assert equal.count("fail") / len(equal) < 0.06
+    broken = [judge(seen(50, errors(50, 0.3)), seen(950, errors(950, 0.02))) for _ in range(200)]
+    assert broken.count("fail") / len(broken) > 0.98
+
+
+# HAProxy's counters
+
+HEADER = (
+    "# pxname,svname,stot,econ,eresp,status,type,hrsp_1xx,hrsp_2xx,hrsp_3xx,hrsp_4xx,hrsp_5xx,hrsp_other,rtime,req_tot"
+)
+
+
+def stat(*rows: str) -> canary.Counters:
+    return canary.counters("\n".join([HEADER, "be_blue,BACKEND,9,0,0,UP,1,0,9,0,0,0,0,1,9", *rows]))
+
+
+def test_errors_are_bad_answers_broken_answers_and_failed_connections() -> None:
+    found = stat("be_blue/,app1,16,1,2,UP,2,0,10,0,3,4,0,20,17".replace("be_blue/", "be_blue"))
+    assert found == {"be_blue/app1": {"requests": 20, "errors": 7, "average": 20, "averaged": 17}}
+
+
+def test_counters_are_read_from_one_moment_to_the_other_also_across_a_reload() -> None:
+    before = stat("be_blue,app1,10,0,0,UP,2,0,10,0,0,0,0,20,10", "be_blue,app2,10,0,0,UP,2,0,10,0,0,0,0,20,10")
+    after = stat("be_blue,app1,14,0,0,UP,2,0,13,0,0,1,0,20,14", "be_blue,app2,3,0,0,UP,2,0,2,0,0,1,0,20,3")
+    found = canary.since(before, after, ["be_blue/app1", "be_blue/app2", "be_blue/gone"])
+    assert (found["requests"], found["errors"]) == (4 + 3, 1 + 1)
+
+
+@pytest.mark.parametrize("earlier", [0, 100, 5000])
+def test_a_slow_release_shows_in_the_sliding_average_whatever_was_averaged_before(earlier: int) -> None:
+    """HAProxy's own arithmetic: the average of all, then a window of 1,024 with exponential weights."""
+
+    def averaged(times: list[float]) -> dict[str, float]:
+        total = 0.0
+        for count, value in enumerate(times, 1):
+            total += value - (total / canary.WINDOW if count > canary.WINDOW else 0)
+        mean = total / min(len(times), canary.WINDOW) if times else 0
+        return {"requests": len(times), "errors": 0, "average": round(mean), "averaged": len(times)}
+
+    fast = [20.0] * earlier
+    for added, low, high in (([20.0] * 60, 0, 25), ([800.0] * 60, 740, 801)):
+        found = canary.since({"x": averaged(fast)}, {"x": averaged(fast + added)}, ["x"])
+        assert low <= found["milliseconds"] <= high
+
+
+# The services' metrics
+
+METRICS = """# TYPE atlas_http_request_duration_seconds histogram
+atlas_http_request_duration_seconds_bucket{endpoint="documents.create",le="0.01"} 3.0
+atlas_http_request_duration_seconds_bucket{endpoint="documents.create",le="+Inf"} 5.0
+atlas_http_request_duration_seconds_bucket{endpoint="jobs.show",le="0.01"} 1.0
+atlas_http_request_duration_seconds_bucket{endpoint="jobs.show",le="+Inf"} 1.0
+atlas_http_request_duration_seconds_bucket{endpoint="health.readyz",le="0.01"} 900.0
+atlas_http_request_duration_seconds_bucket{endpoint="health.readyz",le="+Inf"} 900.0
+atlas_queue_deployment_events{deployment="7",event="finished"} 6.0
+atlas_queue_deployment_events{deployment="7",event="died"} 2.0
+atlas_queue_deployment_events{deployment="7",event="requeued"} 9.0
+atlas_queue_deployment_events{deployment="6",event="finished"} 4.0
+"""
+
+
+def test_requests_of_users_alone_are_timed() -> None:
+    assert canary.histogram(METRICS) == {"0.01": 4.0, "+Inf": 6.0}
+
+
+def test_jobs_are_counted_by_deployment() -> None:
+    assert canary.jobs(METRICS) == {"7": [2.0, 8.0], "6": [0.0, 4.0]}
+
+
+def test_slow_is_measured_by_what_the_old_release_does() -> None:
+    assert canary.slow_limit(histogram(b0_025=100), 100) == "0.25"
+    assert canary.slow_limit(histogram(b0_5=100), 100) == "1.0"
+    assert canary.slow_limit(histogram(b0_025=5), 100) is None
+    assert canary.slow_limit({}, 100) is None
+
+
+# All hosts together
+
+
+def edge(new: tuple[int, int], old: tuple[int, int]) -> dict[str, Any]:
+    sides = zip(("new", "old"), (new, old), strict=True)
+    return {"edge": {side: {"requests": n, "errors": bad, "milliseconds": 10.0} for side, (n, bad) in sides}}
+
+
+def app(jobs: dict[str, list[int]] | None = None) -> dict[str, Any]:
+    return {"app": {"new": QUICK, "old": QUICK, "jobs": jobs or {}}}
+
+
+def verdict(watched: dict[str, Any], before: dict[str, Any] | None = None) -> dict[str, Any]:
+    return canary.verdict(watched, before or {}, (7, 6), LIMITS)
+
+
+def test_what_edges_counted_is_added() -> None:
+    watched = {"edge1": edge((15, 0), (100, 0)), "edge2": edge((8, 0), (100, 0)), "app1": app()}
+    found = verdict(watched)
+    assert found["verdict"] == "pass" and found["figures"]["requests"] == [23, 200]
+
+
+def test_one_edge_may_see_too_little_but_not_all_of_them() -> None:
+    watched = {"edge1": edge((5, 0), (100, 0)), "edge2": edge((0, 0), (0, 0)), "app1": app()}
+    assert verdict(watched)["verdict"] == "inconclusive"
+
+
+def test_jobs_are_those_of_the_two_deployments() -> None:
+    watched = {"edge1": edge((50, 0), (100, 0)), "app1": app({"7": [10, 10], "6": [0, 50], "5": [50, 50]})}
+    found = verdict(watched)
+    assert found["verdict"] == "fail" and found["figures"]["jobs"] == [[10, 10], [0, 50]]
+
+
+def test_where_the_old_release_serves_no_more_it_counts_as_it_did_before() -> None:
+    watched = {"edge1": edge((50, 2), (0, 0)), "app1": {"app": {"new": QUICK, "old": {}, "jobs": {}}}}
+    before = {"edge1": {"edge": {"requests": 100, "errors": 20, "milliseconds": 10.0}}, "app1": {"app": QUICK}}
+    found = verdict(watched, before)
+    assert found["figures"]["errors"] == [2, 20] and found["verdict"] == "pass"
+
+
+def test_a_host_that_failed_or_is_gone_is_no_success() -> None:
+    watched = {"edge1": edge((50, 0), (100, 0)), "app1": {"failed": True}, "app2": {"unreachable": True}}
+    found = verdict(watched)
+    assert (found["verdict"], found["reasons"]) == ("fail", ["app2 cannot be reached any more"])
+
+
+def test_the_figures_can_be_read() -> None:
+    found = verdict({"edge1": edge((50, 1), (100, 0)), "app1": app({"7": [1, 4], "6": [0, 9]})})
+    assert canary.told(found) == (
+        "requests 50 (old 100), failed 1 (old 0), over 250 ms 0 % (old 0 %), jobs failed 1 of 4 (old 0 of 9)"
+    )
