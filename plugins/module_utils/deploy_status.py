@@ -11,7 +11,6 @@ from typing import Any
 
 from ansible.module_utils.deploy_plan import Facts, Fleet, answered, when
 
-
 CERTIFICATE_DAYS = 14
 
 
