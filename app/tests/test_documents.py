@@ -325,12 +325,12 @@ def test_retention_removes_what_has_ended(documents: Documents, clock: Clock) ->
     (job,) = documents.queue.claim()
     documents.queue.fail(job, "not_found", "404")
     clock.advance(167 * 3600)
-    assert documents.clean() == {"jobs": 0, "documents": 0}
+    assert documents.clean() == {"jobs": 0, "documents": 0, "idempotency_keys": 0}
     clock.advance(2 * 3600)
-    assert documents.clean() == {"jobs": 1, "documents": 1}
+    assert documents.clean() == {"jobs": 1, "documents": 1, "idempotency_keys": 0}
     assert documents.get(dead.id) is None
     clock.advance(30 * 86_400)
-    assert documents.clean() == {"jobs": 1, "documents": 0}
+    assert documents.clean() == {"jobs": 1, "documents": 0, "idempotency_keys": 0}
     shown = documents.get(kept.id)
     assert shown is not None and (shown.status, shown.job_id, shown.applied) == ("processed", None, 1)
 

@@ -51,7 +51,7 @@ def test_an_operation_tells_its_scope_refusals_and_headers(app: Flask) -> None:
     document = build(app)
     submit: dict[str, Any] = document["paths"]["/v1/documents"]["post"]
     assert submit["security"] == [{"token": []}] and "`ingest`" in submit["description"]
-    assert set(submit["responses"]) == {"200", "202", "400", "401", "403", "413", "415", "422", "429", "503"}
+    assert set(submit["responses"]) == {"200", "202", "400", "401", "403", "409", "413", "415", "422", "429", "503"}
     assert "Location" in submit["responses"]["202"]["headers"]
     assert "Retry-After" in submit["responses"]["503"]["headers"]
     assert set(submit["responses"]["422"]["content"]) == {"application/problem+json"}

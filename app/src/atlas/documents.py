@@ -5,21 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import random
 import re
-import secrets
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, bindparam, case, func, or_, select, update
+from sqlalchemy import ColumnElement, Connection, and_, bindparam, case, delete, func, or_, select, tuple_, update
 
 from atlas.crypto import Keyring
 from atlas.db import Database, rfc3339
 from atlas.group import GroupCommit
 from atlas.queue import DAY_MS, NewJob, Queue, Result, clean, in_state, remove
-from atlas.schema import PRIORITIES, documents, job_events, jobs
+from atlas.schema import PRIORITIES, documents, idempotency_keys, job_events, jobs
 from atlas.search import find
 from atlas.settings import Settings
 from atlas.urls import host_of, normalise_url
@@ -73,6 +73,25 @@ class Submitted:
 
 
 Outcome = Submitted | InvalidDocument | QueueFull
+# A status code and what a request is answered with, as JSON holds it.
+Answer = tuple[int, Any]
+
+
+class KeyReused(Exception):
+    """The Idempotency-Key stands for another request."""
+
+    def __init__(self) -> None:
+        super().__init__("this Idempotency-Key was sent with another request: use a new one")
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """An Idempotency-Key: the token (its hash) that sent it, the key, and a hash of what it stands for."""
+
+    token: str
+    key: str
+    request_hash: str
+
 
 _STORED: tuple[str, ...] = ("id", "dedupe_key", "url", "content_type", "source", "title", "tags")
 _STORED = (*_STORED, "sensitive", "sensitive_key", "submitted_by", "created_at")
@@ -81,21 +100,20 @@ _STORED = (*_STORED, "sensitive", "sensitive_key", "submitted_by", "created_at")
 class _Row(NamedTuple):
     """A submission that is fit to be stored, with the values of the columns _STORED but the last."""
 
-    stored: tuple[Any, ...]
+    id: str
+    dedupe_key: str
+    url: str | None
     priority: int
     request_id: str | None
+    stored: tuple[Any, ...]
 
-    @property
-    def id(self) -> str:
-        return str(self.stored[0])
 
-    @property
-    def dedupe_key(self) -> str:
-        return str(self.stored[1])
+class _Entry(NamedTuple):
+    """What is answered as one: submissions (or why they are refused), how their outcomes are rendered, and the key."""
 
-    @property
-    def url(self) -> str | None:
-        return None if self.stored[2] is None else str(self.stored[2])
+    rows: Sequence[_Row | InvalidDocument]
+    render: Callable[[Sequence[Outcome]], Answer]
+    repeat: Repeat | None = None
 
 
 @dataclass(frozen=True)
@@ -192,7 +210,7 @@ class Documents:
         self.queue = queue
         self.keyring = keyring
         self.settings = settings
-        self._group = GroupCommit(database, self._write, lambda entries: sum(map(len, entries)) <= GROUP_ROWS)
+        self._group = GroupCommit(database, self._write, _fit)
         self._depth = 0
         self._depth_lock, self._count_lock = threading.Lock(), threading.Lock()
         self._count_at = float("-inf")
@@ -210,13 +228,29 @@ class Documents:
         Each has its own outcome: a document that is already known, or that another submission brings at the same
         moment, is not taken in again; one that is invalid, or has no place in the queue, is refused.
         """
+        outcomes: list[Outcome] = self.answer(submissions, lambda outcomes: (200, outcomes))[1]
+        return outcomes
+
+    def answer(
+        self,
+        submissions: Sequence[Submission],
+        render: Callable[[Sequence[Outcome]], Answer],
+        repeat: Repeat | None = None,
+    ) -> Answer:
+        """As `submit_many`; the answer that `render` makes of the outcomes.
+
+        With `repeat`, an answer whose status is below 300 is stored in the same transaction, and given again to
+        whoever sends the same. Raises KeyReused if the key was sent with something else.
+        """
         self._count()
-        return self._group.submit([self._checked(submission) for submission in submissions])
+        return self._group.submit(_Entry([self._checked(submission) for submission in submissions], render, repeat))
 
     def add(self, connection: Connection, submissions: Sequence[Submission]) -> list[Outcome]:
         """As `submit_many`, in the caller's transaction."""
         self._count()
-        return self._write(connection, [[self._checked(submission) for submission in submissions]])[0]
+        rows = [self._checked(submission) for submission in submissions]
+        outcomes = iter(self._insert(connection, [row for row in rows if isinstance(row, _Row)]))
+        return [row if isinstance(row, InvalidDocument) else next(outcomes) for row in rows]
 
     def _checked(self, submission: Submission) -> _Row | InvalidDocument:
         try:
@@ -224,14 +258,49 @@ class Documents:
         except InvalidDocument as error:
             return error
 
-    def _write(
-        self, connection: Connection, entries: Sequence[Sequence[_Row | InvalidDocument]]
-    ) -> list[list[Outcome]]:
-        rows = [row for entry in entries for row in entry if isinstance(row, _Row)]
-        outcomes = iter(self._insert(connection, rows) if rows else [])
-        return [[row if isinstance(row, InvalidDocument) else next(outcomes) for row in entry] for entry in entries]
+    def _write(self, connection: Connection, entries: Sequence[_Entry]) -> list[Answer | KeyReused]:
+        answers = self._reserve(connection, entries) if any(entry.repeat for entry in entries) else {}
+        fresh = [position for position in range(len(entries)) if position not in answers]
+        rows = [row for position in fresh for row in entries[position].rows if isinstance(row, _Row)]
+        outcomes = iter(self._insert(connection, rows))
+        for position in fresh:
+            entry = entries[position]
+            answer = entry.render([row if isinstance(row, InvalidDocument) else next(outcomes) for row in entry.rows])
+            answers[position] = answer
+            if entry.repeat:
+                self._remember(connection, entry.repeat, answer)
+        return [answers[position] for position in range(len(entries))]
+
+    def _reserve(self, connection: Connection, entries: Sequence[_Entry]) -> dict[int, Answer | KeyReused]:
+        """Take the keys for this transaction; what was answered, by position, where a key is not new."""
+        sent = {(entry.repeat.token, entry.repeat.key): n for n, entry in enumerate(entries) if entry.repeat}
+        hashes = {pair: entries[n].repeat.request_hash for pair, n in sent.items()}  # type: ignore[union-attr]
+        now = self.database.now(connection)
+        rows: list[Any] = [(*pair, hashes[pair], 0, {}, now) for pair in sorted(sent)]
+        names = ("token", "key", "request_hash", "status", "response", "created_at")
+        ending = "ON CONFLICT (token, key) DO NOTHING"
+        new = {
+            tuple(row)
+            for row in self.database.insert_rows(connection, idempotency_keys, names, rows, "token, key", ending)
+        }
+        answers: dict[int, Answer | KeyReused] = {}
+        for pair in sent.keys() - new:
+            row = connection.execute(select(idempotency_keys).where(_is(pair))).one_or_none()
+            same = row is not None and row.request_hash == hashes[pair]
+            answers[sent[pair]] = (row.status, row.response) if row and same else KeyReused()
+        return answers
+
+    def _remember(self, connection: Connection, repeat: Repeat, answer: Answer) -> None:
+        status, response = answer
+        key = _is((repeat.token, repeat.key))
+        if status < 300:
+            connection.execute(update(idempotency_keys).where(key).values(status=status, response=response))
+        else:
+            connection.execute(delete(idempotency_keys).where(key))
 
     def _insert(self, connection: Connection, rows: Sequence[_Row]) -> list[Outcome]:
+        if not rows:
+            return []
         now = self.database.now(connection)
         with self._depth_lock:
             depth, wanted = self._depth, []
@@ -290,9 +359,10 @@ class Documents:
         source = None if submission.content is None else clean(submission.content)
         url = None if submission.url is None else checked_url(submission.url)
         kind, identity = ("url", url or "") if source is None else ("content", f"{submission.content_type}\0{source}")
+        document_id, dedupe_key = new_id(), f"{kind}:{hashlib.sha256(identity.encode()).hexdigest()}"
         stored = (
-            new_id(),
-            f"{kind}:{hashlib.sha256(identity.encode()).hexdigest()}",
+            document_id,
+            dedupe_key,
             url,
             submission.content_type,
             source,
@@ -301,7 +371,7 @@ class Documents:
             *self.sealed(submission.sensitive),
             submission.submitted_by,
         )
-        return _Row(stored, submission.priority, submission.request_id)
+        return _Row(document_id, dedupe_key, url, submission.priority, submission.request_id, stored)
 
     def work(self, ids: Sequence[str]) -> dict[str, Work]:
         """What is to be processed, by document id. Raises KeyringError if a sensitive field cannot be read."""
@@ -396,7 +466,23 @@ class Documents:
                 in_state("done") & (jobs.c.finished_at < done_before),
             )
             old = connection.scalars(select(jobs.c.id).where(ended).limit(limit)).all()
-            return {"jobs": len(old), "documents": remove(connection, old)}
+            forgotten = now - int(self.settings.idempotency_retention_hours * 3_600_000)
+            pairs = select(idempotency_keys.c.token, idempotency_keys.c.key)
+            keys = pairs.where(idempotency_keys.c.created_at < forgotten).limit(limit)
+            own = tuple_(idempotency_keys.c.token, idempotency_keys.c.key)
+            unkept = connection.execute(delete(idempotency_keys).where(own.in_(keys)))
+            removed = remove(connection, old)
+            return {"jobs": len(old), "documents": removed, "idempotency_keys": unkept.rowcount}
+
+
+def _fit(entries: Sequence[_Entry]) -> bool:
+    """Whether these may share a transaction: they are not too many, and no key stands there twice."""
+    keys = [(entry.repeat.token, entry.repeat.key) for entry in entries if entry.repeat]
+    return sum(len(entry.rows) for entry in entries) <= GROUP_ROWS and len(set(keys)) == len(keys)
+
+
+def _is(pair: tuple[str, str]) -> ColumnElement[bool]:
+    return and_(idempotency_keys.c.token == pair[0], idempotency_keys.c.key == pair[1])
 
 
 def _build(rows: Sequence[Any], extra: Mapping[int, Mapping[str, Any]] | None = None) -> list[Document]:
@@ -416,7 +502,8 @@ def _position(cursor: str) -> int:
 
 def new_id() -> str:
     """A new id: 26 characters that sort by time (48 bits of milliseconds, 80 random bits)."""
-    value = time.time_ns() // 1_000_000 << 80 | secrets.randbits(80)
+    # Nothing rests on an id being hard to guess; each process draws its own numbers.
+    value = time.time_ns() // 1_000_000 << 80 | random.getrandbits(80)  # noqa: S311
     return "".join([_PAIRS[value >> shift & 1023] for shift in range(120, -1, -10)])
 
 

@@ -183,6 +183,17 @@ tokens = Table(
     Column("created_at", BigInteger, nullable=False),
 )
 
+# What each limited token has used in the current minute and hour (numbered since the epoch), by all processes together.
+token_uses = Table(
+    "token_uses",
+    metadata,
+    Column("token", Text, primary_key=True),
+    Column("minute", BigInteger, nullable=False),
+    Column("minute_uses", BigInteger, nullable=False),
+    Column("hour", BigInteger, nullable=False),
+    Column("hour_uses", BigInteger, nullable=False),
+)
+
 # Remote hosts of which there is something to remember: see breakers.Host.
 hosts = Table(
     "hosts",

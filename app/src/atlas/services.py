@@ -77,7 +77,7 @@ class Housekeeping:
         removed = self._documents.clean(BATCH)
         if any(removed.values()):
             log.info("retention", **removed)
-        return removed["jobs"] >= BATCH
+        return max(removed.values()) >= BATCH
 
     def events(self) -> bool:
         """Old events go, but for those that prove a finish: `applied` counts them as long as the document lives."""

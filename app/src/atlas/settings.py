@@ -99,6 +99,7 @@ class Settings(BaseSettings):
     api_workers: int = Field(default=1, ge=1, le=64)
     api_threads: int = Field(default=8, ge=1, le=256)
     content_limit_bytes: int = Field(default=1_000_000, ge=1)
+    batch_limit: int = Field(default=1000, ge=1, le=10_000)
     queue_limit: int = Field(default=10_000, ge=1)
 
     core_concurrency: int = Field(default=4, ge=1, le=256)
@@ -130,6 +131,7 @@ class Settings(BaseSettings):
 
     job_retention_days: float = Field(default=30, gt=0)
     dead_letter_retention_hours: float = Field(default=168, gt=0)
+    idempotency_retention_hours: float = Field(default=24, gt=0)
     audit_retention_days: int = Field(default=365, ge=1)
     queue_sample_retention_days: float = Field(default=7, gt=0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import threading
 import time
 from collections.abc import Sequence
@@ -12,11 +13,12 @@ from sqlalchemy import or_, select, update
 
 from atlas import audit
 from atlas.db import Database
-from atlas.schema import tokens
+from atlas.schema import token_uses, tokens
 from atlas.settings import TokenLimits, TokenSpec
 
 CACHE_SECONDS = 5.0
 CACHE_SIZE = 1024
+WINDOWS_MS = {"minute": 60_000, "hour": 3_600_000}
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Tokens:
     def __init__(self, database: Database) -> None:
         self.database = database
         self._cache: dict[str, tuple[float, Token]] = {}
+        # By token and limits: the uses left of what the store granted, until when, and when it will grant more.
+        self._held: dict[tuple[str, int, int], tuple[int, float, float]] = {}
         self._lock = threading.Lock()
 
     def authenticate(self, token: str) -> Token | None:
@@ -67,6 +71,53 @@ class Tokens:
             return None
         limits = None if row.limits is None else TokenLimits(**row.limits)
         return Token(row.name, row.sha256, frozenset(row.scopes), limits)
+
+    def spend(self, token: Token, wanted: int = 1) -> tuple[int, int]:
+        """Count requests against the limits of a token: how many of those wanted it may make, and, if that is not all,
+        the seconds after which to try again.
+
+        The store counts for all processes. Of a high limit a process takes a tenth of a second's worth at a time; what
+        it does not use of that is lost to the others.
+        """
+        if token.limits is None:
+            return wanted, 0
+        key = (token.sha256, token.limits.per_minute, token.limits.per_hour)
+        with self._lock:
+            left, until, retry_at = self._held.get(key, (0, 0.0, 0.0))
+            now = time.monotonic()
+            if now < retry_at:
+                return 0, math.ceil(retry_at - now)
+            if left >= wanted and now < until:
+                self._held[key] = (left - wanted, until, 0.0)
+                return wanted, 0
+        granted, lasts, retry = self._reserve(token.sha256, token.limits, wanted)
+        now = time.monotonic()
+        with self._lock:
+            self._held[key] = (max(0, granted - wanted), now + lasts, 0.0 if granted else now + retry)
+        return min(granted, wanted), 0 if granted >= wanted else math.ceil(retry)
+
+    def _reserve(self, digest: str, limits: TokenLimits, wanted: int) -> tuple[int, float, float]:
+        """How many uses the store grants, the seconds for which it does, and those until it would grant more."""
+        granted = max(wanted, limits.per_minute // 600)
+        with self.database.write() as connection:
+            now = self.database.now(connection)
+            windows = {name: now // length for name, length in WINDOWS_MS.items()}
+            ends = {name: ((windows[name] + 1) * length - now) / 1000 for name, length in WINDOWS_MS.items()}
+            new = {"token": digest, "minute": 0, "minute_uses": 0, "hour": 0, "hour_uses": 0}
+            connection.execute(self.database.insert(token_uses).values(new).on_conflict_do_nothing())
+            own = token_uses.c.token == digest
+            row = connection.execute(select(token_uses).where(own).with_for_update()).one()._mapping
+            uses = {name: row[f"{name}_uses"] if row[name] == window else 0 for name, window in windows.items()}
+            retry = ends["minute"]
+            for name, limit in (("minute", limits.per_minute), ("hour", limits.per_hour)):
+                if limit - uses[name] < granted:
+                    granted, retry = max(0, limit - uses[name]), ends[name]
+            connection.execute(
+                update(token_uses)
+                .where(own)
+                .values(windows | {f"{name}_uses": used + granted for name, used in uses.items()})
+            )
+        return granted, ends["minute"], retry
 
     def apply(self, wanted: Sequence[TokenSpec]) -> int:
         """Make the store hold exactly these tokens, disabling the others; how many changed."""

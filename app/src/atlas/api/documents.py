@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Annotated, Any, Literal, Self
 
-from flask import Blueprint, Response, g, jsonify
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from flask import Blueprint, Response, g, jsonify, request
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from atlas.api.auth import require
-from atlas.api.openapi import PageQuery, describe, read_body, read_query
-from atlas.api.problems import Problem
+from atlas.api.auth import over_rate, require, spend
+from atlas.api.openapi import PageQuery, describe, not_valid, read_body, read_query
+from atlas.api.problems import Problem, problem_of
 from atlas.api.state import state
-from atlas.documents import QueueFull, Submission
+from atlas.documents import Answer, Outcome, Repeat, Submission, Submitted
 from atlas.schema import PRIORITIES
 from atlas.sensitive import Sensitive
 
-blueprint = Blueprint("documents", __name__, url_prefix="/v1/documents")
+blueprint = Blueprint("documents", __name__, url_prefix="/v1")
+NDJSON = "application/x-ndjson"
+KEY = {"type": "string", "pattern": "^[!-~]{1,255}$"}
+# The body of a batch is kept in memory: it may hold so many contents of the greatest size.
+BATCH_CONTENTS, BATCH_EXTRA_BYTES = 10, 65_536
 Status = Literal["queued", "processing", "processed", "dead"]
 
 
@@ -36,7 +43,7 @@ class DocumentIn(BaseModel):
         Literal["text/html", "text/plain", "text/markdown", "application/rss+xml", "application/atom+xml"] | None
     ) = None
     title: Title | None = None
-    tags: Tags = []
+    tags: Tags = Field(default_factory=list)
     priority: Priority = "normal"
     sensitive: Sensitive | None = None
 
@@ -55,6 +62,26 @@ class SubmittedOut(BaseModel):
     id: str
     job_id: int | None
     status: Status
+
+
+class LineOut(BaseModel):
+    """What became of one line: as SubmittedOut if `code` is 202 or 200, else `problem`."""
+
+    line: int
+    code: int
+    id: str | None = None
+    job_id: int | None = None
+    status: Status | None = None
+    problem: dict[str, Any] | None = None
+
+
+class BatchOut(BaseModel):
+    """What became of a batch, line by line; blank lines are left out, and counted."""
+
+    items: list[LineOut]
+    created: int
+    duplicates: int
+    refused: int
 
 
 class DocumentOut(BaseModel):
@@ -103,44 +130,143 @@ class DocumentQuery(PageQuery):
     q: str | None = None
 
 
-@blueprint.post("")
+def _submission(document: DocumentIn, content_limit: int, sender: str, request_id: str) -> Submission:
+    """Raises Problem if the content is too large."""
+    content = document.content
+    # A character has at most four bytes.
+    if content is not None and len(content) * 4 > content_limit < len(content.encode("utf-8", "replace")):
+        raise Problem(413, f"the content is larger than {content_limit} bytes")
+    return Submission(
+        url=document.url,
+        content=content,
+        content_type=document.content_type,
+        title=document.title,
+        tags=document.tags,
+        priority=PRIORITIES[document.priority],
+        sensitive=None if document.sensitive is None else document.sensitive.given(),
+        submitted_by=sender,
+        request_id=request_id,
+    )
+
+
+def _take_in(submissions: Sequence[Submission], render: Callable[[Sequence[Outcome]], Answer]) -> Answer:
+    shared = state()
+    taken: Sequence[Outcome] = []
+
+    def keep(outcomes: Sequence[Outcome]) -> Answer:
+        nonlocal taken
+        taken = outcomes
+        return render(outcomes)
+
+    answered = shared.documents.answer(submissions, keep, _repeat())
+    shared.metrics.count_submissions(taken)
+    return answered
+
+
+def _repeat() -> Repeat | None:
+    """The Idempotency-Key of the request, and what it stands for. Raises Problem."""
+    key = request.environ.get("HTTP_IDEMPOTENCY_KEY")
+    if key is None:
+        return None
+    if not re.fullmatch(KEY["pattern"], key):
+        raise Problem(422, "Idempotency-Key: must be 1 to 255 visible ASCII characters")
+    asked = f"{request.path}\0".encode() + request.get_data()
+    return Repeat(g.token.sha256, key, hashlib.sha256(asked).hexdigest())
+
+
+def _one(outcomes: Sequence[Outcome]) -> Answer:
+    [outcome] = outcomes
+    if isinstance(outcome, Exception):
+        return 503, outcome
+    return 202 if outcome.created else 200, {"id": outcome.id, "job_id": outcome.job_id, "status": outcome.status}
+
+
+@blueprint.post("/documents")
 @require("ingest")
-@describe({202: SubmittedOut, 200: SubmittedOut}, body=DocumentIn, answer_headers={"Location": "The document."})
+@describe(
+    {202: SubmittedOut, 200: SubmittedOut},
+    problems=(409,),
+    body=DocumentIn,
+    request_headers={"Idempotency-Key": KEY},
+    answer_headers={"Location": "The document."},
+)
 def submit() -> Response:
     """Take in a document.
 
-    202 means that the document and its job are stored durably; 200 that the document was known before.
+    202 means that the document and its job are stored durably; 200 that the document was known before. What is sent
+    again with the same Idempotency-Key gets the same answer again; anything else with that key is refused.
     """
-    shared = state()
-    document = read_body(DocumentIn)
-    content, limit = document.content, shared.settings.content_limit_bytes
-    if content is not None and len(content.encode("utf-8", "replace")) > limit:
-        raise Problem(413, f"the content is larger than {limit} bytes")
-    try:
-        taken = shared.documents.submit(
-            Submission(
-                url=document.url,
-                content=content,
-                content_type=document.content_type,
-                title=document.title,
-                tags=document.tags,
-                priority=PRIORITIES[document.priority],
-                sensitive=None if document.sensitive is None else document.sensitive.given(),
-                submitted_by=g.token.name,
-                request_id=g.request_id,
-            )
-        )
-    except QueueFull:
-        shared.metrics.submissions.labels("refused").inc()
-        raise
-    shared.metrics.submissions.labels("created" if taken.created else "duplicate").inc()
-    response = jsonify(id=taken.id, job_id=taken.job_id, status=taken.status)
-    response.status_code = 202 if taken.created else 200
-    response.headers["Location"] = f"{blueprint.url_prefix}/{taken.id}"
+    submission = _submission(read_body(DocumentIn), state().settings.content_limit_bytes, g.token.name, g.request_id)
+    status, answer = _take_in([submission], _one)
+    if isinstance(answer, Exception):
+        raise answer
+    response = jsonify(answer)
+    response.status_code = status
+    response.headers["Location"] = f"{blueprint.url_prefix}/documents/{answer['id']}"
     return response
 
 
-@blueprint.get("")
+@blueprint.post("/documents:batch")
+@require("ingest", counted=False)
+@describe(
+    {200: BatchOut},
+    problems=(409,),
+    body=DocumentIn,
+    body_type=NDJSON,
+    request_headers={"Idempotency-Key": KEY},
+)
+def submit_batch() -> Response:
+    """Take in many documents, one in each line, each with its own outcome.
+
+    What is taken in is stored durably and in one transaction. The `code` of an outcome is the status that the document
+    would have been answered with alone. Each line counts as one request of the token.
+    """
+    settings = state().settings
+    if request.mimetype != NDJSON:
+        raise Problem(415, f"send the documents as {NDJSON}")
+    request.max_content_length = settings.content_limit_bytes * BATCH_CONTENTS + BATCH_EXTRA_BYTES
+    lines = [(number, line) for number, line in enumerate(request.get_data().split(b"\n"), 1) if line.strip()]
+    if not lines:
+        raise Problem(422, "the body holds no document")
+    if len(lines) > settings.batch_limit:
+        raise Problem(413, f"a batch holds at most {settings.batch_limit} documents")
+    granted, retry_after = spend(len(lines))
+    over = over_rate(retry_after)
+    sent = (settings.content_limit_bytes, g.token.name, g.request_id)
+    checked: list[tuple[int, Submission | Problem]] = [
+        (number, _line(line, *sent) if position < granted else over) for position, (number, line) in enumerate(lines)
+    ]
+
+    def render(outcomes: Sequence[Outcome]) -> Answer:
+        following = iter(outcomes)
+        items = [_outcome(number, item if isinstance(item, Problem) else next(following)) for number, item in checked]
+        codes = [item["code"] for item in items]
+        created, duplicates = codes.count(202), codes.count(200)
+        refused = len(codes) - created - duplicates
+        return 200, {"items": items, "created": created, "duplicates": duplicates, "refused": refused}
+
+    submissions = [item for _, item in checked if isinstance(item, Submission)]
+    return jsonify(_take_in(submissions, render)[1])
+
+
+def _line(line: bytes, content_limit: int, sender: str, request_id: str) -> Submission | Problem:
+    try:
+        return _submission(DocumentIn.model_validate_json(line), content_limit, sender, request_id)
+    except ValidationError as error:
+        return not_valid(error)
+    except Problem as problem:
+        return problem
+
+
+def _outcome(number: int, outcome: Outcome | Problem) -> dict[str, Any]:
+    if isinstance(outcome, Submitted):
+        code, answer = _one([outcome])
+        return {"line": number, "code": code, **answer}
+    problem = outcome if isinstance(outcome, Problem) else problem_of(outcome)
+    return {"line": number, "code": problem.status, "problem": problem.members()}
+
+
+@blueprint.get("/documents")
 @require("read")
 @describe({200: DocumentPage}, query=DocumentQuery)
 def index() -> Response:
@@ -153,7 +279,7 @@ def index() -> Response:
     return jsonify(items=[_shown(item.as_dict()) for item in page.items], total=page.total, next=page.next)
 
 
-@blueprint.get("/<document_id>")
+@blueprint.get("/documents/<document_id>")
 @require("read")
 @describe({200: WholeDocumentOut}, problems=(404,))
 def show(document_id: str) -> Response:

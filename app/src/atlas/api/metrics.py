@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Sequence
 
 from flask import Blueprint, Response
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -12,8 +13,10 @@ from prometheus_client.multiprocess import MultiProcessCollector
 
 from atlas.api.openapi import describe
 from atlas.backups import BackupMetrics
+from atlas.documents import Outcome, Submitted
 
 blueprint = Blueprint("metrics", __name__)
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
 
 class HttpMetrics:
@@ -36,6 +39,7 @@ class HttpMetrics:
         self.submissions = Counter(
             "atlas_documents_submitted_total", "Documents submitted.", ["outcome"], registry=self._registry
         )
+        self._outcomes = {name: self.submissions.labels(name) for name in ("created", "duplicate", "refused")}
 
     @functools.cache  # noqa: B019 - one for each process
     def _children(self, method: str, endpoint: str, status: int) -> tuple[Counter, Histogram]:
@@ -43,9 +47,15 @@ class HttpMetrics:
 
     def count(self, method: str, endpoint: str, status: int, seconds: float) -> None:
         """Count one request."""
-        requests, durations = self._children(method, endpoint, status)
+        requests, durations = self._children(method if method in METHODS else "other", endpoint, status)
         requests.inc()
         durations.observe(seconds)
+
+    def count_submissions(self, outcomes: Sequence[Outcome]) -> None:
+        """Count what became of documents."""
+        for outcome in outcomes:
+            created = isinstance(outcome, Submitted) and outcome.created
+            self._outcomes["created" if created else "duplicate" if isinstance(outcome, Submitted) else "refused"].inc()
 
     def render(self) -> bytes:
         if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:

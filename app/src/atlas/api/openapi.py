@@ -130,10 +130,10 @@ def _read(read: Callable[[], M]) -> M:
     try:
         return read()
     except ValidationError as error:
-        raise problem_of(error) from None
+        raise not_valid(error) from None
 
 
-def problem_of(error: ValidationError) -> Problem:
+def not_valid(error: ValidationError) -> Problem:
     """What is wrong with what was sent: 400 for what is no JSON, else 422 with each field."""
     found = error.errors(include_url=False, include_input=False, include_context=False)
     if found[0]["type"] == "json_invalid":

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from sqlalchemy.exc import InterfaceError, OperationalError, TimeoutError
 from werkzeug.exceptions import HTTPException
 
-from atlas.documents import InvalidDocument, QueueFull
+from atlas.documents import InvalidDocument, KeyReused, QueueFull
 from atlas.runtime import one_line
 
 log = structlog.get_logger("atlas.api")
@@ -38,16 +38,14 @@ class Problem(Exception):
         self.headers = headers or {}
         self.fields = fields
 
+    def members(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        title = HTTPStatus(self.status).phrase
+        return {"type": "about:blank", "title": title, "status": self.status, "detail": str(self)} | self.fields
+
 
 def answer(problem: Problem) -> Response:
-    response = jsonify(
-        type="about:blank",
-        title=HTTPStatus(problem.status).phrase,
-        status=problem.status,
-        detail=str(problem),
-        request_id=g.get("request_id"),
-        **problem.fields,
-    )
+    response = jsonify(problem.members() | {"request_id": g.get("request_id")})
     response.status_code = problem.status
     response.mimetype = "application/problem+json"
     response.headers.update(problem.headers)
@@ -56,6 +54,13 @@ def answer(problem: Problem) -> Response:
 
 def unavailable(detail: str, retry_after: int = 1) -> Problem:
     return Problem(503, detail, {"Retry-After": str(retry_after)})
+
+
+def problem_of(error: Exception) -> Problem:
+    """The problem that the refusal of a document is."""
+    if isinstance(error, QueueFull):
+        return unavailable(str(error), error.retry_after)
+    return Problem(409 if isinstance(error, KeyReused) else 422, str(error))
 
 
 def install(app: Flask) -> None:
@@ -76,8 +81,8 @@ def install(app: Flask) -> None:
 
     app.register_error_handler(Problem, answer)
     app.register_error_handler(HTTPException, on_http)
-    app.register_error_handler(InvalidDocument, lambda error: answer(Problem(422, str(error))))
-    app.register_error_handler(QueueFull, lambda error: answer(unavailable(str(error), error.retry_after)))
+    for refusal in (InvalidDocument, QueueFull, KeyReused):
+        app.register_error_handler(refusal, lambda error: answer(problem_of(error)))
     for kind in (OperationalError, InterfaceError, TimeoutError):
         app.register_error_handler(kind, on_store_away)
     app.register_error_handler(Exception, on_unexpected)

@@ -50,6 +50,14 @@ def upgrade() -> None:
     )
     op.create_index("idempotency_keys_created", "idempotency_keys", ["created_at"])
     op.create_table(
+        "token_uses",
+        sa.Column("token", sa.Text, primary_key=True),
+        sa.Column("minute", sa.BigInteger, nullable=False),
+        sa.Column("minute_uses", sa.BigInteger, nullable=False),
+        sa.Column("hour", sa.BigInteger, nullable=False),
+        sa.Column("hour_uses", sa.BigInteger, nullable=False),
+    )
+    op.create_table(
         "feeds",
         sa.Column("seq", Serial, primary_key=True, autoincrement=True),
         sa.Column("id", sa.Text, nullable=False, unique=True),
