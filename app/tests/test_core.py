@@ -16,14 +16,16 @@ from typing import Any
 import pytest
 from conftest import open_database, wait_for
 from running import Deployment, children, free_port, origin, send
+from sqlalchemy import update
 from sqlalchemy.exc import OperationalError
 
 from atlas import admission
 from atlas.core import Core
 from atlas.crypto import Keyring
 from atlas.db import Database
-from atlas.documents import Documents, Submission
+from atlas.documents import Documents, Submission, Submitted
 from atlas.queue import NewJob, Queue, Result, Which
+from atlas.schema import jobs
 from atlas.settings import Settings
 from atlas.wake import Ear
 
@@ -142,15 +144,15 @@ def test_failures_keep_their_class_and_die_when_they_must(running: Callable[...,
     assert classes == {broken: "server_error", private: "refused"}
 
 
-def test_an_idle_deployment_does_only_its_probes(running: Callable[..., Running], store: Database) -> None:
+def test_an_idle_deployment_does_only_what_is_meant_for_it(running: Callable[..., Running], store: Database) -> None:
     admission.dismiss(store, 7)
     core = running()
     document = core.submit(content="Waits.", content_type="text/plain")
-    payload = {"content": "<html><body><p>probe 1.</p></body></html>", "expect": "probe 1"}
     with store.write() as connection:
-        good = core.queue.enqueue(connection, NewJob("probe", payload=payload, target=7))
-        bad = core.queue.enqueue(connection, NewJob("probe", payload=payload | {"expect": "probe 2"}, target=7))
-    wait_for(lambda: _state(core, good) == "done" and _state(core, bad) == "dead", 20, "the probes end")
+        [meant] = core.documents.add(connection, [Submission(content="Probe.", content_type="text/plain")])
+        assert isinstance(meant, Submitted)
+        connection.execute(update(jobs).where(jobs.c.id == meant.job_id).values(target=7))
+    core.wait(meant.id, "processed")
     assert core.status(document) == "queued"
     admission.admit(store, 7)
     core.wait(document, "processed")

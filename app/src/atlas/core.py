@@ -53,8 +53,6 @@ class Processor:
     def process(self, job: Job, work: Work | None) -> Result | Failure:
         """What became of the job. Never raises."""
         try:
-            if job.kind == "probe":
-                return self._probe(job)
             if job.kind == "feed" and self._feeds is not None:
                 return Result(job, self._feed(self._feeds, str((job.payload or {})["feed"])))
             if job.kind != "document":
@@ -86,13 +84,6 @@ class Processor:
             return Polled(feed_id)
         found = self.extractor.feed(page.body, page.charset, page.url)
         return Polled(feed_id, found.title, page.etag, page.last_modified, found.entries)
-
-    def _probe(self, job: Job) -> Result | Failure:
-        payload = job.payload or {}
-        found = self.extractor.extract(str(payload["content"]).encode(), "text/html", "utf-8")
-        if payload["expect"] not in found.text:
-            return Failure(job, "parse_error", "the probe's text was not found in what was extracted")
-        return Result(job)
 
 
 class Core:

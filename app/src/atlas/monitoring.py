@@ -3,93 +3,157 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import structlog
 from prometheus_client import CollectorRegistry, Metric, start_http_server
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
-from sqlalchemy import make_url
+from sqlalchemy import Connection, case, delete, func, make_url, select, update
 from sqlalchemy.exc import SQLAlchemyError
 
-from atlas import admission, presence
+from atlas import admission, breakers, presence
 from atlas.backups import BackupMetrics
-from atlas.db import Database
-from atlas.queue import NewJob, Queue, QueueStats
+from atlas.crypto import Keyring
+from atlas.documents import Documents, Submission, Submitted
+from atlas.keys import progress
+from atlas.queue import QueueStats, in_state
 from atlas.runtime import Runtime, open_queue, service_port
-from atlas.schema import PRIORITIES
+from atlas.schema import PRIORITIES, documents, feeds, job_events, jobs
 from atlas.services import LEASE
-from atlas.settings import Settings, SettingsError
+from atlas.settings import SettingsError
 
 SAMPLE_SECONDS = 5.0
 PROBE_SECONDS = 60.0
 PROBE_LIMIT_SECONDS = 60.0
+FEED_GRACE_MS = 60_000
+RECENT_MS = 300_000
 _PRIORITY_NAMES = {value: name for name, value in PRIORITIES.items()}
 
 log = structlog.get_logger("atlas.monitoring")
 
 
 class Probe:
-    """A marked job for this deployment's own workers, sent on its way every PROBE_SECONDS."""
+    """A marked document for this deployment's own workers, sent on its way every PROBE_SECONDS.
 
-    def __init__(self, queue: Queue) -> None:
-        self._queue = queue
-        self._job_id: int | None = None
+    It is taken in, queued, extracted, stored and found by search like any other, and then removed.
+    """
+
+    def __init__(self, documents: Documents, deployment: int, name: str) -> None:
+        self._documents = documents
+        self._deployment = deployment
+        self._taken: Submitted | None = None
         self._sent_at = float("-inf")
         self.up: bool | None = None
         self.seconds: float | None = None
+        # The same each time, so that what a killed process leaves behind is found, and there is never more than one.
+        self._marker = f"probe{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+        page = f"<html><head><title>Probe</title></head><body><article><p>{self._marker}.</p></article></body></html>"
+        self._submission = Submission(
+            content=page, content_type="text/html", priority=PRIORITIES["high"], submitted_by="service:monitoring"
+        )
 
     def step(self) -> None:
-        if self._job_id is not None:
-            self._look(self._job_id)
+        if self._taken is not None:
+            self._look(self._taken)
         elif time.monotonic() - self._sent_at >= PROBE_SECONDS:
-            marker = f"probe {time.time_ns()}"
-            content = f"<html><head><title>Probe</title></head><body><article><p>{marker}.</p></article></body></html>"
-            payload = {"content": content, "expect": marker}
-            job = NewJob("probe", payload=payload, priority=PRIORITIES["high"], target=self._queue.deployment)
-            with self._queue.database.write() as connection:
-                self._job_id = self._queue.enqueue(connection, job)
-            self._sent_at = time.monotonic()
+            self._send()
 
-    def _look(self, job_id: int) -> None:
-        job = self._queue.job(job_id)
+    def _send(self) -> None:
+        with self._documents.database.write() as connection:
+            [taken] = self._documents.add(connection, [self._submission])
+            if isinstance(taken, Submitted) and not taken.created:
+                _remove(connection, taken.id)
+                return
+            self._sent_at = time.monotonic()
+            if isinstance(taken, Exception):
+                self._fail(str(taken))
+                return
+            connection.execute(update(jobs).where(jobs.c.id == taken.job_id).values(target=self._deployment))
+        self._taken = taken
+
+    def _look(self, taken: Submitted) -> None:
+        job = self._documents.queue.job(taken.job_id or 0)
         if job is not None and job["state"] == "done":
-            # By the clock of the store, which stamped both: looking late does not count.
-            self.up, self.seconds = True, max(0, job["finished_at"] - job["created_at"]) / 1000
+            found = [document.id for document in self._documents.search(self._marker).items]
+            if found == [taken.id]:
+                # By the clock of the store, which stamped both: looking late does not count.
+                self.up, self.seconds = True, max(0, job["finished_at"] - job["created_at"]) / 1000
+            else:
+                self._fail("it was processed, and search does not find it")
         elif job is not None and job["state"] != "dead" and time.monotonic() - self._sent_at < PROBE_LIMIT_SECONDS:
             return
         else:
-            self.up = False
-            log.warning("the probe did not come through", job_id=job_id, error=job["error"] if job else None)
-        self._job_id = None
+            self._fail(job["error"] or f"it took more than {PROBE_LIMIT_SECONDS:.0f} s" if job else "it is gone")
+        with self._documents.database.write() as connection:
+            _remove(connection, taken.id)
+        self._taken = None
+
+    def _fail(self, reason: str) -> None:
+        self.up = False
+        log.warning("the probe did not come through", reason=reason)
+
+
+def _remove(connection: Connection, document_id: str) -> None:
+    connection.execute(delete(job_events).where(job_events.c.document_id == document_id))
+    connection.execute(delete(documents).where(documents.c.id == document_id))
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What was seen at one moment."""
+    """What was seen at one moment. Ages are in seconds, by state; `feeds` counts them by what is to be said of them."""
 
     stats: QueueStats
     services: list[presence.Presence]
     admitted: int
     leader: str | None
     engine: str
-    wal_bytes: int | None
-    outcomes: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
+    wal_bytes: int
+    outcomes: Mapping[int, Mapping[str, int]]
+    ages: Mapping[str, float]
+    breakers: Mapping[str, int]
+    keys: Mapping[str, int]
+    feeds: Mapping[str, int]
+    lease_expiries: int
     at: float = field(default_factory=time.time)
 
 
-def take_sample(database: Database, queue: Queue, settings: Settings) -> Sample:
-    wal = None
+def take_sample(opened: Documents) -> Sample:
+    database = opened.database
+    wal = 0
     if database.dialect == "sqlite":
-        path = Path(f"{make_url(settings.database_url).database}-wal")
         with contextlib.suppress(FileNotFoundError):
-            wal = path.stat().st_size
-    admitted = sum(entry.admitted for entry in admission.admissions(database))
-    leader, outcomes = admission.leader(database, LEASE), admission.outcomes(database)
-    return Sample(queue.stats(), presence.roster(database), admitted, leader, database.version(), wal or 0, outcomes)
+            wal = Path(f"{make_url(opened.settings.database_url).database}-wal").stat().st_size
+    stats = opened.queue.stats()
+    with database.read() as connection:
+        now = database.now(connection)
+        since = {"running": jobs.c.created_at, "dead": jobs.c.finished_at}
+        oldest = {
+            state: connection.scalar(select(func.min(at)).where(in_state(state))) or now for state, at in since.items()
+        }
+        is_late = feeds.c.enabled & (feeds.c.next_at < now - FEED_GRACE_MS)
+        counts = [func.count(case((wanted, 1))) for wanted in (feeds.c.enabled, is_late, feeds.c.failures > 0)]
+        counted = connection.execute(select(*counts)).one()
+        recent = (job_events.c.at > now - RECENT_MS) & (job_events.c.error_class == "lost")
+        return Sample(
+            stats,
+            presence.roster(database),
+            sum(entry.admitted for entry in admission.admissions(database)),
+            admission.leader(database, LEASE),
+            database.version(),
+            wal,
+            admission.outcomes(database),
+            {"ready": stats.oldest_ready_seconds} | {state: max(0, now - at) / 1000 for state, at in oldest.items()},
+            breakers.states(database, connection),
+            progress(connection, opened.keyring).rows,
+            dict(zip(("enabled", "overdue", "failing"), counted, strict=True)),
+            connection.scalar(select(func.count()).select_from(job_events).where(recent)) or 0,
+        )
 
 
 def is_vulnerable(version: str) -> bool:
@@ -114,41 +178,50 @@ class Metrics(Collector):
         sample = self.sample
         if sample is None:
             return
+        stats = sample.stats
         yield GaugeMetricFamily("atlas_sample_timestamp_seconds", "When the store was last looked at.", sample.at)
-        depth = GaugeMetricFamily("atlas_queue_jobs", "Jobs by state and priority.", labels=["state", "priority"])
-        for state, counts in sample.stats.depth.items():
-            for priority, count in counts.items():
-                depth.add_metric([state, _PRIORITY_NAMES.get(priority, str(priority))], count)
-        yield depth
-        oldest = sample.stats.oldest_ready_seconds
-        yield GaugeMetricFamily("atlas_queue_oldest_ready_seconds", "How long the oldest ready job has waited.", oldest)
-        recent = GaugeMetricFamily(
-            "atlas_queue_recent_events", "Job events of the last five minutes.", labels=["event"]
+        yield _labelled(
+            "atlas_queue_jobs",
+            "Jobs by state and priority.",
+            ["state", "priority"],
+            {
+                (state, _PRIORITY_NAMES[priority]): count
+                for state, counts in stats.depth.items()
+                for priority, count in counts.items()
+            },
         )
-        for event in sorted({"finished", "failed", "lost", "died", *sample.stats.events}):
-            recent.add_metric([event], sample.stats.events.get(event, 0))
-        yield recent
-        done = GaugeMetricFamily(
-            "atlas_queue_deployment_events", "The same of each deployment.", labels=["deployment", "event"]
+        yield _labelled("atlas_queue_oldest_seconds", "Age of the oldest job in a state.", ["state"], sample.ages)
+        events = dict.fromkeys(("finished", "failed", "lost", "died"), 0) | dict(stats.events)
+        yield _labelled("atlas_queue_recent_events", "Job events of the last five minutes.", ["event"], events)
+        yield _labelled(
+            "atlas_queue_deployment_events",
+            "The same of each deployment.",
+            ["deployment", "event"],
+            {
+                (str(deployment), event): n
+                for deployment, found in sample.outcomes.items()
+                for event, n in found.items()
+            },
         )
-        for deployment, events in sample.outcomes.items():
-            for event, count in events.items():
-                done.add_metric([str(deployment), event], count)
-        yield done
-        seen = GaugeMetricFamily(
-            "atlas_service_heartbeat_age_seconds", "Age of the last heartbeat.", labels=["host", "slot", "service"]
+        yield GaugeMetricFamily(
+            "atlas_queue_recent_lease_expiries", "Leases that ran out in the last five minutes.", sample.lease_expiries
         )
-        for service in sample.services:
-            seen.add_metric([service.host, service.slot, service.service], service.age_seconds)
-        yield seen
+        yield _labelled("atlas_breakers", "Remote hosts by the state of their breaker.", ["state"], sample.breakers)
+        yield _labelled("atlas_feeds", "Feeds that are enabled, overdue, or failing.", ["condition"], sample.feeds)
+        yield _labelled(
+            "atlas_sensitive_fields", "Sensitive fields by the key that encrypted them.", ["key"], sample.keys
+        )
+        yield _labelled(
+            "atlas_service_heartbeat_age_seconds",
+            "Age of the last heartbeat.",
+            ["host", "slot", "service"],
+            {(seen.host, seen.slot, seen.service): seen.age_seconds for seen in sample.services},
+        )
         yield GaugeMetricFamily("atlas_deployments_admitted", "Deployments that may claim jobs.", sample.admitted)
-        leader = GaugeMetricFamily("atlas_leader", "The process that leads the services.", labels=["owner"])
-        if sample.leader:
-            leader.add_metric([sample.leader], 1)
-        yield leader
-        engine = GaugeMetricFamily("atlas_database_info", "The engine of the store.", labels=["dialect", "version"])
-        engine.add_metric([self._dialect, sample.engine], 1)
-        yield engine
+        leaders = {sample.leader: 1} if sample.leader else {}
+        yield _labelled("atlas_leader", "The process that leads the services.", ["owner"], leaders)
+        engine = {(self._dialect, sample.engine): 1}
+        yield _labelled("atlas_database_info", "The engine of the store.", ["dialect", "version"], engine)
         if self._dialect == "sqlite":
             yield GaugeMetricFamily("atlas_sqlite_wal_bytes", "Size of the write-ahead log.", sample.wal_bytes)
             vulnerable = is_vulnerable(sample.engine)
@@ -160,17 +233,26 @@ class Metrics(Collector):
             yield GaugeMetricFamily(name, text, self._probe.seconds)
 
 
+def _labelled(name: str, text: str, labels: Sequence[str], values: Mapping[Any, float]) -> GaugeMetricFamily:
+    family = GaugeMetricFamily(name, text, labels=labels)
+    for key, value in values.items():
+        family.add_metric([key] if isinstance(key, str) else key, value)
+    return family
+
+
 def run() -> None:
     """Serve until SIGTERM."""
     runtime = Runtime("monitoring")
     settings, database = runtime.settings, runtime.database
     queue = open_queue(database, runtime.owner, runtime.identity.deployment, settings)
-    probe = Probe(queue)
+    opened = Documents(database, queue, Keyring.from_secret(settings.fernet_keys), settings)
+    identity = runtime.identity
+    probe = Probe(opened, identity.deployment, f"{identity.host}/{identity.slot}")
     metrics = Metrics(database.dialect, probe)
     registry = CollectorRegistry()
     registry.register(metrics)
     registry.register(BackupMetrics(settings.backup_status_path))
-    number = service_port(runtime.identity.slot, "monitoring")
+    number = service_port(identity.slot, "monitoring")
     try:
         server, _thread = start_http_server(number, "127.0.0.1", registry)
     except OSError as error:
@@ -182,7 +264,7 @@ def run() -> None:
         try:
             probe.step()
             if time.monotonic() - sampled_at >= SAMPLE_SECONDS:
-                metrics.sample = take_sample(database, queue, settings)
+                metrics.sample = take_sample(opened)
                 sampled_at = time.monotonic()
             metrics.is_database_up = True
         except (SQLAlchemyError, OSError):
