@@ -41,11 +41,7 @@ def main() -> None:
             began = time.monotonic()
             rows += PARTS[part](run)
             say(f"  took {time.monotonic() - began:.0f} s")
-    print(
-        f"Atlas bench, size {options.size}: {where['processors']} × {where['processor']}, {where['system']},"
-        f" Python {where['python']}, SQLite {where['sqlite']}, a durable write {where['fdatasync_ms']} ms,"
-        f" load before {where['load_before']}\n\n{report.table(rows)}"
-    )
+    print(f"{report.heading(where, options.size)}\n\n{report.table(rows)}")
     if options.json:
         options.json.write_text(json.dumps(report.as_dict(where, options.size, rows), indent=2) + "\n")
 

@@ -30,6 +30,7 @@ class Row:
     note: str = ""
 
 
+BUSY = 0.25  # the load for each processor from which on others disturb the figures
 HEADER = ("measured", "Atlas", "", "beside", "", "ratio", "target", "")
 
 
@@ -96,6 +97,19 @@ def fdatasync_ms(directory: Path) -> float:
             os.fdatasync(file.fileno())
             taken.append(time.perf_counter() - began)
     return 1000 * sorted(taken)[50]
+
+
+def heading(where: dict[str, Any], size: str) -> str:
+    """What stands above the table."""
+    lines = [
+        f"Atlas bench, size {size}: {where['processors']} × {where['processor']}, {where['system']}, Python"
+        f" {where['python']}, SQLite {where['sqlite']}, a durable write takes {where['fdatasync_ms']} ms"
+    ]
+    if where["load_before"] > BUSY * where["processors"]:
+        lines.append(
+            f"The machine was busy (load {where['load_before']} before the start): take the figures with care."
+        )
+    return "\n".join(lines)
 
 
 def as_dict(where: dict[str, Any], size: str, rows: Sequence[Row]) -> dict[str, Any]:
