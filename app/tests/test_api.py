@@ -132,6 +132,31 @@ def test_lists_have_pages(client: FlaskClient) -> None:
         problem(client.get(f"/v1/documents?{query}"), 422)
 
 
+def test_a_document_is_deleted_once_and_that_is_recorded(client: FlaskClient) -> None:
+    taken = client.post("/v1/documents", json=TEXT).get_json()
+    path = f"/v1/documents/{taken['id']}"
+    problem(client.delete(path, headers={"Authorization": f"Bearer {READ_ONLY}"}), 403)
+    answer = client.delete(path)
+    assert (answer.status_code, answer.data, "Content-Length" in answer.headers) == (204, b"", False)
+    for gone in (client.delete(path), client.get(path), client.get(f"/v1/jobs/{taken['job_id']}")):
+        problem(gone, 404)
+    (entry,) = client.get("/v1/audit", query_string={"object_type": "document"}).get_json()["items"]
+    assert (entry["actor"], entry["action"], entry["object_id"]) == ("all", "deleted", taken["id"])
+
+
+def test_lists_take_filters(client: FlaskClient) -> None:
+    one = client.post("/v1/documents", json=TEXT | {"tags": ["ä b"]}).get_json()["id"]
+    two = client.post("/v1/documents", json={"url": "http://example.org/"}).get_json()["id"]
+
+    def ids(**query: str) -> list[str]:
+        return [item["id"] for item in client.get("/v1/documents", query_string=query).get_json()["items"]]
+
+    assert ids(tag="ä b") == [one] and ids(url="http://EXAMPLE.org") == [two] and ids(status="queued") == [two, one]
+    assert ids(status="dead") == ids(q="words", tag="ä b") == []
+    for query in ({"status": "x"}, {"url": "x"}, {"q": "x", "status": "dead"}, {"tag": "\0"}, {"limit": "9" * 40}):
+        problem(client.get("/v1/documents", query_string=query), 422)
+
+
 @pytest.mark.parametrize(
     ("document", "field"),
     [

@@ -24,7 +24,7 @@ from atlas.documents import (
     new_id,
 )
 from atlas.queue import Queue, Result, Which
-from atlas.schema import PRIORITIES, jobs
+from atlas.schema import PRIORITIES, document_tags, jobs
 from atlas.schema import documents as table
 from atlas.search import fts5_query
 from atlas.settings import Settings
@@ -247,6 +247,80 @@ def test_lists_go_through_pages(documents: Documents) -> None:
     assert (seen, page.total) == (ids[::-1], 5)
     with pytest.raises(InvalidDocument, match="^cursor: "):
         documents.list(cursor="1; DROP TABLE")
+
+
+def test_lists_are_narrowed(documents: Documents, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = [documents.submit(plain(f"{n}", tags=[f"t{n % 2}", "all", "all"])).id for n in range(6)]
+    process(documents)
+    ids.append(documents.submit(Submission(url="http://h/dead")).id)
+    (job,) = documents.queue.claim()
+    documents.queue.fail(job, "not_found", "404")
+    ids += [documents.submit(plain(f"{n}", tags=["t0"])).id for n in (7, 8)]
+    ids.append(documents.submit(Submission(url="http://h/late?b")).id)
+    documents.queue.claim(1)
+
+    def listed(**filters: Any) -> list[int]:
+        page = documents.list(limit=2, **filters)
+        seen = [item.id for item in page.items]
+        assert page.total == len(set(seen)) or page.next
+        while page.next:
+            page = documents.list(limit=2, cursor=page.next, **filters)
+            seen += [item.id for item in page.items]
+        assert page.total == len(seen)
+        return [ids.index(each) for each in seen]
+
+    for few in (10_000, 0):
+        monkeypatch.setattr("atlas.documents.FEW", few)
+        assert listed(status="processed") == [5, 4, 3, 2, 1, 0]
+        assert listed(status="dead") == [6] and listed(status="processing") == [7] and listed(status="queued") == [9, 8]
+        assert listed(tag="t0") == [8, 7, 4, 2, 0] and listed(tag="all") == [5, 4, 3, 2, 1, 0]
+        assert listed(tag="t0", status="processed") == [4, 2, 0]
+        assert listed(url="HTTP://H:80/late?b#x") == [9] and listed(url="http://h/other") == []
+        assert listed(tag="none") == [] and listed(tag="\0") == []
+    with pytest.raises(InvalidDocument, match="^url: "):
+        documents.list(url="file:///")
+    assert [ids.index(item.id) for item in documents.search("4", tag="t0").items] == [4]
+    assert documents.search("4", tag="t1").total == 0
+    documents.delete(ids[4])
+    assert listed(tag="t0", status="processed") == [2, 0]
+    with documents.database.read() as connection:
+        assert connection.scalar(select(func.count()).where(document_tags.c.tag == "t0")) == 4
+
+
+def test_counting_stops_at_a_limit(documents: Documents, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("atlas.documents.TOTAL_MOST", 3)
+    monkeypatch.setattr("atlas.search.TOTAL_MOST", 3)
+    monkeypatch.setattr("atlas.search.WINDOW", 4)
+    ids = [documents.submit(plain(f"word {n}")).id for n in range(5)]
+    process(documents)
+    assert documents.list(limit=5).total == 3
+    page = documents.search("word", limit=2)
+    seen = [item.id for item in page.items]
+    while page.next:
+        page = documents.search("word", limit=2, cursor=page.next)
+        seen += [item.id for item in page.items]
+    assert (page.total, sorted(seen)) == (3, sorted(ids[1:])), "the newest four are ranked"
+
+
+def test_a_deleted_document_does_not_come_back(documents: Documents, database: Database) -> None:
+    admission.admit(documents.database, 1)
+    submitted = documents.submit(plain("gone", tags=["x"]))
+    (job,) = documents.queue.claim()
+    noted: list[str] = []
+    assert documents.delete(submitted.id, lambda _: noted.append(submitted.id))
+    assert noted == [submitted.id]
+    assert documents.work([submitted.id]) == {}
+    assert documents.queue.finish([Result(job, Extracted("gone"))], documents.store) == {job.id}
+    assert documents.get(submitted.id) is None and documents.queue.job(job.id) is None
+    assert documents.list().total == documents.search("gone").total == 0
+    assert not documents.delete(submitted.id, lambda _: noted.append("again")) and len(noted) == 1
+    again = documents.submit(plain("gone"))
+    assert again.created and again.id != submitted.id
+    process(documents)
+    assert documents.search("gone").total == 1
+    assert documents.delete(again.id) and documents.search("gone").total == 0
+    with database.read() as connection:
+        assert connection.scalar(select(func.count()).select_from(jobs)) == 0
 
 
 def test_search_ranks_pages_and_shows_where(documents: Documents) -> None:

@@ -14,13 +14,14 @@ from conftest import Clock, open_database
 from cryptography.fernet import Fernet
 from flask import Flask
 from flask.testing import FlaskClient
-from sqlalchemy import func, select
-from test_api import ALL, LIMITED, TEXT, app, client, digest, problem, store_of
+from sqlalchemy import func, insert, select
+from test_api import ALL, LIMITED, READ_ONLY, TEXT, app, as_worker, client, digest, problem, store_of
 
 from atlas.db import Database
-from atlas.documents import Documents, KeyReused, Outcome, Repeat, Submission, Submitted
+from atlas.documents import Documents, Extracted, KeyReused, Outcome, Repeat, Submission, Submitted
+from atlas.queue import Result
 from atlas.schema import documents as table
-from atlas.schema import idempotency_keys, jobs
+from atlas.schema import idempotency_keys, jobs, queue_samples
 from atlas.settings import TokenLimits, TokenSpec
 from atlas.tokens import Token, Tokens
 
@@ -155,6 +156,34 @@ def test_a_high_limit_is_spent_in_pieces_and_never_exceeded(
     granted = [each.spend(token)[0] for _ in range(1000) for each in processes]
     assert 1794 <= sum(granted) <= 1800
     assert len(asked) < 620
+
+
+def test_statistics_tell_what_there_is(client: FlaskClient, app: Flask) -> None:
+    shared = app.extensions["atlas"]
+    shared.database.clock = Clock()
+    batch(client, [text("a"), text("b", priority="high"), {"url": "http://h/"}, text("c", priority="low")])
+    queue = as_worker(app)
+    for job in queue.claim(3):
+        if job.document_id in {item.id for item in shared.documents.list(url="http://h/").items}:
+            queue.fail(job, "not_found", "404")
+        elif job.priority == 0:
+            queue.finish([Result(job, Extracted("b"))], shared.documents.store)
+    Tokens(store_of(app)).spend(Token("x", digest(LIMITED), frozenset(), TokenLimits()), 3)
+    with store_of(app).write() as connection:
+        now = shared.database.now(connection)
+        for minutes, finished in ((1, 2), (90, 10), (60 * 30, 500)):
+            values = {"at": now - minutes * 60_000, "ready": 0, "running": 0, "dead": 0, "failed": 1}
+            connection.execute(insert(queue_samples).values(values | {"finished": finished}))
+    found = client.get("/v1/statistics").get_json()
+    assert found["documents"] == {"total": 4, "queued": 1, "processing": 1, "processed": 1, "dead": 1}
+    assert found["queue"]["ready"] == {"high": 0, "normal": 0, "low": 1} and found["queue"]["limit"] == 5
+    assert found["queue"]["running"]["normal"] == found["queue"]["dead"]["normal"] == 1
+    assert found["throughput"]["hour"] == {"finished": 2, "failed": 1}
+    assert found["throughput"]["day"] == {"finished": 12, "failed": 2}
+    assert found["dead_letters"] == {"not_found": 1}
+    assert found["tokens"] == [{"name": "limited", "minute": 3, "hour": 3}]
+    reader = {"Authorization": f"Bearer {READ_ONLY}"}
+    assert client.get("/v1/statistics", headers=reader).get_json()["tokens"] == []
 
 
 def test_the_same_key_and_body_get_the_same_answer(client: FlaskClient, app: Flask) -> None:

@@ -58,7 +58,7 @@ def test_an_operation_tells_its_scope_refusals_and_headers(app: Flask) -> None:
     schema = submit["requestBody"]["content"]["application/json"]["schema"]
     assert schema == {"$ref": "#/components/schemas/DocumentIn"}
     assert document["components"]["schemas"]["DocumentIn"]["additionalProperties"] is False
-    limit, cursor, _ = document["paths"]["/v1/documents"]["get"]["parameters"]
+    limit, cursor, *_ = document["paths"]["/v1/documents"]["get"]["parameters"]
     assert (limit["schema"]["maximum"], cursor["schema"]["type"]) == (200, "string")
     (job,) = document["paths"]["/v1/jobs/{job_id}"]["get"]["parameters"]
     assert job["schema"] == {"type": "integer", "minimum": 0, "maximum": 2**63 - 1}

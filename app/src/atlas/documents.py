@@ -19,8 +19,8 @@ from atlas.crypto import Keyring
 from atlas.db import Database, rfc3339
 from atlas.group import GroupCommit
 from atlas.queue import DAY_MS, NewJob, Queue, Result, clean, in_state, remove
-from atlas.schema import PRIORITIES, documents, idempotency_keys, job_events, jobs
-from atlas.search import find
+from atlas.schema import PRIORITIES, document_tags, documents, idempotency_keys, job_events, jobs
+from atlas.search import TOTAL_MOST, find
 from atlas.settings import Settings
 from atlas.urls import host_of, normalise_url
 
@@ -30,6 +30,7 @@ SHARES = {PRIORITIES["high"]: 1.0, PRIORITIES["normal"]: 0.95, PRIORITIES["low"]
 COUNT_SECONDS = 0.5
 COUNT_SHARE = 0.02
 GROUP_ROWS = 1000
+FEW = 10_000
 _ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
 _PRIORITY_NAMES = {value: name for name, value in PRIORITIES.items()}
 _PAIRS = [first + second for first in _ALPHABET for second in _ALPHABET]
@@ -170,7 +171,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Page:
-    """Part of a list; `next` is the cursor of the following part."""
+    """Part of a list; `next` is the cursor of the following part. `total` stops at search.TOTAL_MOST."""
 
     items: Sequence[Document]
     total: int
@@ -359,7 +360,7 @@ class Documents:
         source = None if submission.content is None else clean(submission.content)
         url = None if submission.url is None else checked_url(submission.url)
         kind, identity = ("url", url or "") if source is None else ("content", f"{submission.content_type}\0{source}")
-        document_id, dedupe_key = new_id(), f"{kind}:{hashlib.sha256(identity.encode()).hexdigest()}"
+        document_id, dedupe_key = new_id(), _dedupe_key(kind, identity)
         stored = (
             document_id,
             dedupe_key,
@@ -429,31 +430,72 @@ class Documents:
             row = connection.execute(query).mappings().one_or_none()
         return Document(**row) if row else None
 
-    def list(self, limit: int = 50, cursor: str | None = None) -> Page:
-        """Documents, newest first, without their text. Raises InvalidDocument for a cursor that is none of ours."""
-        query = select(documents.c.seq, *_SUMMARY).select_from(_WITH_JOB).order_by(documents.c.seq.desc())
-        if cursor is not None:
-            query = query.where(documents.c.seq < _position(cursor))
+    def delete(self, document_id: str, note: Callable[[Connection], None] | None = None) -> bool:
+        """Remove a document and its job; whether it was there. `note` is called in the same transaction.
+
+        A worker that has the job can no longer finish it.
+        """
+        with self.database.write() as connection:
+            # The job first, as a worker that finishes does, or the two could wait for each other.
+            connection.execute(delete(jobs).where(jobs.c.document_id == document_id))
+            found = connection.execute(delete(documents).where(documents.c.id == document_id)).rowcount > 0
+            if found and note is not None:
+                note(connection)
+        return found
+
+    def list(
+        self,
+        limit: int = 50,
+        cursor: str | None = None,
+        *,
+        status: str | None = None,
+        tag: str | None = None,
+        url: str | None = None,
+    ) -> Page:
+        """Documents that match all that is given, newest first, without their text.
+
+        Raises InvalidDocument for a cursor that is none of ours, or a URL that no document can have.
+        """
+        source, wanted = _WITH_JOB, list[Any]()
+        order: ColumnElement[int] = documents.c.seq
+        if tag is not None:
+            source, order = source.join(document_tags, document_tags.c.seq == documents.c.seq), document_tags.c.seq
+            wanted.append(document_tags.c.tag == clean(tag))
+        if url is not None:
+            wanted.append(documents.c.dedupe_key == _dedupe_key("url", checked_url(url)))
         with self.database.read() as connection:
+            if status is not None:
+                wanted.append(status == STATUS)
+            # Of a state that few jobs are in, those few are looked at; else the newest documents soon have it.
+            state = {"queued": "ready", "processing": "running", "dead": "dead"}.get(status or "")
+            if state is not None and self.queue.depth(connection, FEW + 1, state) <= FEW:
+                wanted.append(documents.c.id.in_(select(jobs.c.document_id).where(in_state(state))))
+                order = order + 0  # keeps SQLite from walking along all documents instead
+            query = select(documents.c.seq, *_SUMMARY).select_from(source).where(*wanted).order_by(order.desc())
+            if cursor is not None:
+                query = query.where(order < _position(cursor))
             rows = connection.execute(query.limit(limit + 1)).all()
-            total = connection.scalar(select(func.count()).select_from(documents)) or 0
+            counted = select(documents.c.id).select_from(source if wanted else documents).where(*wanted)
+            total = connection.scalar(select(func.count()).select_from(counted.limit(TOTAL_MOST).subquery())) or 0
         return Page(_build(rows[:limit]), total, str(rows[limit - 1].seq) if len(rows) > limit else None)
 
-    def search(self, query: str, limit: int = 20, cursor: str | None = None) -> Page:
+    def search(self, query: str, limit: int = 20, cursor: str | None = None, *, tag: str | None = None) -> Page:
         """Documents that match, best first, each with its rank and a snippet (matches between `**`), without text.
 
-        All words must match; "a phrase", `or` and -without are understood. Any text is a valid query.
+        All words must match; "a phrase", `or` and -without are understood. Any text is a valid query. Of many matches
+        the newest are ranked: see search.WINDOW.
         """
         offset = 0 if cursor is None else _position(cursor)
         with self.database.read() as connection:
-            total, matches = find(connection, clean(query), limit, offset)
+            total, matches = find(connection, clean(query), limit + 1, offset, None if tag is None else clean(tag))
+            goes_on, matches = len(matches) > limit, matches[:limit]
             found = [match.seq for match in matches]
             rows = connection.execute(
                 select(documents.c.seq, *_SUMMARY).select_from(_WITH_JOB).where(documents.c.seq.in_(found))
             ).all()
         extra = {match.seq: {"rank": match.rank, "snippet": match.snippet} for match in matches}
         items = _build(sorted(rows, key=lambda row: found.index(row.seq)), extra)
-        return Page(items, total, str(offset + limit) if offset + limit < total else None)
+        return Page(items, total, str(offset + limit) if goes_on else None)
 
     def clean(self, limit: int = 1000) -> dict[str, int]:
         """Remove what retention has ended, at most `limit` of each kind: how many of each."""
@@ -492,6 +534,10 @@ def _build(rows: Sequence[Any], extra: Mapping[int, Mapping[str, Any]] | None = 
         seq = values.pop("seq")
         built.append(Document(**values, **(extra or {}).get(seq, {})))
     return built
+
+
+def _dedupe_key(kind: str, identity: str) -> str:
+    return f"{kind}:{hashlib.sha256(identity.encode()).hexdigest()}"
 
 
 def _position(cursor: str) -> int:

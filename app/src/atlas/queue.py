@@ -537,9 +537,9 @@ class Queue:
             values = {"owner": self.owner, "deployment": self.deployment, "event": event, "if_dead": if_dead}
             connection.execute(_RECORD, values | {"ids": _listed(ended), "now": now})
 
-    def depth(self, connection: Connection, most: int | None = None) -> int:
-        """How many jobs are ready; counting stops at `most`."""
-        counted = select(jobs.c.id).where(in_state("ready")).limit(most).subquery()
+    def depth(self, connection: Connection, most: int | None = None, state: str = "ready") -> int:
+        """How many jobs are in a state; counting stops at `most`."""
+        counted = select(jobs.c.id).where(in_state(state)).limit(most).subquery()
         return connection.scalar(select(func.count()).select_from(counted)) or 0
 
     def stats(self) -> QueueStats:

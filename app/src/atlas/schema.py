@@ -54,6 +54,15 @@ documents = Table(
     sqlite_autoincrement=True,
 )
 
+# Documents by tag, in the order of lists; triggers of the store keep it.
+document_tags = Table(
+    "document_tags",
+    metadata,
+    Column("tag", Text, primary_key=True),
+    Column("seq", BigInteger, primary_key=True, autoincrement=False),
+    sqlite_with_rowid=False,
+)
+
 _SENSITIVE = text("sensitive_key IS NOT NULL")
 Index(
     "documents_sensitive",

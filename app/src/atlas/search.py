@@ -7,19 +7,27 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection, bindparam, text
 
+# A word that very many documents hold says little: only the newest of so many matches are ranked.
+WINDOW = 2000
+# Counting stops here, in searches and in lists.
+TOTAL_MOST = 10_000
+_TAGGED = " AND {seq} IN (SELECT seq FROM document_tags WHERE tag = :tag)"
 # Both stores stem English words; a match in the title weighs more. Per store: matches, their count, their snippets.
 _SEARCH = {
     "sqlite": (
-        "SELECT rowid AS seq, -bm25(documents_index, 4.0, 1.0) AS rank FROM documents_index"
-        " WHERE documents_index MATCH :q ORDER BY bm25(documents_index, 4.0, 1.0), rowid LIMIT :limit OFFSET :offset",
-        "SELECT count(*) FROM documents_index WHERE documents_index MATCH :q",
+        "SELECT seq, rank FROM (SELECT rowid AS seq, -bm25(documents_index, 4.0, 1.0) AS rank FROM documents_index"
+        " WHERE documents_index MATCH :q{tagged} ORDER BY rowid DESC LIMIT :window)"
+        " ORDER BY rank DESC, seq LIMIT :limit OFFSET :offset",
+        "SELECT count(*) FROM (SELECT rowid FROM documents_index WHERE documents_index MATCH :q{tagged} LIMIT :most)",
         "SELECT rowid AS seq, snippet(documents_index, 1, '**', '**', '…', 24) FROM documents_index"
         " WHERE documents_index MATCH :q AND rowid IN :found",
     ),
     "postgresql": (
-        "SELECT seq, ts_rank_cd(search, q, 1) AS rank FROM documents, websearch_to_tsquery('english', :q) q"
-        " WHERE search @@ q ORDER BY rank DESC, seq LIMIT :limit OFFSET :offset",
-        "SELECT count(*) FROM documents WHERE search @@ websearch_to_tsquery('english', :q)",
+        "SELECT seq, ts_rank_cd(search, websearch_to_tsquery('english', :q), 1) AS rank FROM (SELECT seq, search"
+        " FROM documents WHERE search @@ websearch_to_tsquery('english', :q){tagged} ORDER BY seq DESC LIMIT :window) m"
+        " ORDER BY rank DESC, seq LIMIT :limit OFFSET :offset",
+        "SELECT count(*) FROM (SELECT seq FROM documents"
+        " WHERE search @@ websearch_to_tsquery('english', :q){tagged} LIMIT :most) m",
         "SELECT seq, ts_headline('english', left(text, 240000), websearch_to_tsquery('english', :q),"
         " 'StartSel=**, StopSel=**, MaxWords=24, MinWords=12, ShortWord=0')"
         " FROM documents WHERE seq IN :found",
@@ -36,18 +44,20 @@ class Match:
     snippet: str | None
 
 
-def find(connection: Connection, query: str, limit: int, offset: int) -> tuple[int, list[Match]]:
-    """How many documents match the query, and those of this part, best first."""
+def find(
+    connection: Connection, query: str, limit: int, offset: int, tag: str | None = None
+) -> tuple[int, list[Match]]:
+    """How many documents match the query (and have the tag), and those of this part, best first."""
     dialect = connection.dialect.name
     wanted = query if dialect == "postgresql" else fts5_query(query)
     if not wanted.strip():
         return 0, []
-    matching, counting, snipping = _SEARCH[dialect]
-    ranks = {
-        row.seq: float(row.rank)
-        for row in connection.execute(text(matching), {"q": wanted, "limit": limit, "offset": offset})
-    }
-    total: int | None = connection.scalar(text(counting), {"q": wanted})
+    tagged = "" if tag is None else _TAGGED.format(seq="rowid" if dialect == "sqlite" else "seq")
+    matching, counting, snipping = (part.format(tagged=tagged) for part in _SEARCH[dialect])
+    given = {"q": wanted} if tag is None else {"q": wanted, "tag": tag}
+    part = given | {"window": WINDOW, "limit": limit, "offset": offset}
+    ranks = {row.seq: float(row.rank) for row in connection.execute(text(matching), part)}
+    total: int | None = connection.scalar(text(counting), given | {"most": TOTAL_MOST})
     with_found = text(snipping).bindparams(bindparam("found", expanding=True))
     snippets: dict[int, str] = dict(connection.execute(with_found, {"q": wanted, "found": list(ranks)}).all())
     return total or 0, [Match(seq, rank, snippets.get(seq)) for seq, rank in ranks.items()]

@@ -12,7 +12,7 @@ from flask import Flask, Response, g, request
 from structlog.contextvars import bind_contextvars, clear_contextvars
 from werkzeug.routing import IntegerConverter, UnicodeConverter
 
-from atlas.api import audit, documents, feeds, health, jobs, metrics, openapi, problems, status
+from atlas.api import audit, documents, feeds, health, jobs, metrics, openapi, problems, statistics, status
 from atlas.api.session import Sessions
 from atlas.api.state import Counted, Pulse, State
 from atlas.crypto import Keyring
@@ -81,7 +81,7 @@ def create_app(settings: Settings, identity: Identity) -> Flask:
         metrics=metrics.HttpMetrics(settings.backup_status_path),
         pulse=Pulse(database, identity),
     )
-    for module in (audit, documents, feeds, health, jobs, metrics, openapi, status):
+    for module in (audit, documents, feeds, health, jobs, metrics, openapi, statistics, status):
         app.register_blueprint(module.blueprint)
     problems.install(app)
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from flask import Blueprint, Response, g, jsonify, request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from atlas.api.audit import note
 from atlas.api.auth import over_rate, require, spend
 from atlas.api.openapi import PageQuery, describe, not_valid, read_body, read_query
 from atlas.api.problems import Problem, problem_of
@@ -125,9 +126,12 @@ class DocumentPage(BaseModel):
 
 
 class DocumentQuery(PageQuery):
-    """With `q` a search, best first: all words must match; "a phrase", `or` and -without are understood."""
+    """What a list of documents may be narrowed by."""
 
     q: str | None = None
+    tag: str | None = None
+    status: Status | None = None
+    url: str | None = None
 
 
 def _submission(document: DocumentIn, content_limit: int, sender: str, request_id: str) -> Submission:
@@ -270,12 +274,19 @@ def _outcome(number: int, outcome: Outcome | Problem) -> dict[str, Any]:
 @require("read")
 @describe({200: DocumentPage}, query=DocumentQuery)
 def index() -> Response:
-    """List documents, newest first, or search them."""
+    """List documents, newest first, or search them.
+
+    With `q` a search, best first: all words must match; "a phrase", `or` and -without are understood. It can be
+    narrowed by `tag`, but not by `status` or `url`. `total` stops at 10,000.
+    """
     query, documents = read_query(DocumentQuery), state().documents
     if query.q is None:
-        page = documents.list(query.limit, query.cursor)
+        filters = {"status": query.status, "tag": query.tag, "url": query.url}
+        page = documents.list(query.limit, query.cursor, **filters)
+    elif query.status is None and query.url is None:
+        page = documents.search(query.q, query.limit, query.cursor, tag=query.tag)
     else:
-        page = documents.search(query.q, query.limit, query.cursor)
+        raise Problem(422, "q: cannot be combined with status or url")
     return jsonify(items=[_shown(item.as_dict()) for item in page.items], total=page.total, next=page.next)
 
 
@@ -288,6 +299,18 @@ def show(document_id: str) -> Response:
     if found is None:
         raise Problem(404, f"there is no document {document_id}")
     return jsonify(found.as_dict())
+
+
+@blueprint.delete("/documents/<document_id>")
+@require("operate")
+@describe({204: None}, problems=(404,))
+def remove(document_id: str) -> tuple[str, int]:
+    """Delete a document and its job, whatever their state."""
+    if not state().documents.delete(
+        document_id, lambda connection: note(connection, "deleted", "document", document_id)
+    ):
+        raise Problem(404, f"there is no document {document_id}")
+    return "", 204
 
 
 def _shown(document: dict[str, Any]) -> dict[str, Any]:

@@ -39,6 +39,15 @@ def upgrade() -> None:
     )
     waiting = sa.text("waiting = 1"), sa.text("waiting")
     op.create_index("hosts_waiting", "hosts", ["next_at"], sqlite_where=waiting[0], postgresql_where=waiting[1])
+    # In the order of lists; kept by triggers, so that the releases before this one keep it too.
+    op.create_table(
+        "document_tags",
+        sa.Column("tag", sa.Text, primary_key=True),
+        sa.Column("seq", sa.BigInteger, primary_key=True, autoincrement=False),
+        sqlite_with_rowid=False,
+    )
+    for statement in SQLITE_TAGS if op.get_bind().dialect.name == "sqlite" else POSTGRESQL_TAGS:
+        op.execute(statement)
     op.create_table(
         "idempotency_keys",
         sa.Column("token", sa.Text, primary_key=True),
@@ -124,6 +133,31 @@ def _create_audit() -> None:
         bind.exec_driver_sql(statement)
 
 
+SQLITE_TAGS = (
+    """INSERT OR IGNORE INTO document_tags SELECT t.value, d.seq FROM documents AS d, json_each(d.tags) AS t""",
+    """CREATE TRIGGER document_tags_insert AFTER INSERT ON documents WHEN new.tags <> '[]' BEGIN
+        INSERT OR IGNORE INTO document_tags SELECT value, new.seq FROM json_each(new.tags);
+    END""",
+    """CREATE TRIGGER document_tags_delete AFTER DELETE ON documents WHEN old.tags <> '[]' BEGIN
+        DELETE FROM document_tags WHERE tag IN (SELECT value FROM json_each(old.tags)) AND seq = old.seq;
+    END""",
+)
+POSTGRESQL_TAGS = (
+    "INSERT INTO document_tags SELECT DISTINCT t.value, d.seq FROM documents d, jsonb_array_elements_text(d.tags) t",
+    """CREATE FUNCTION keep_document_tags() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+        IF TG_OP = 'INSERT' THEN
+            INSERT INTO document_tags SELECT DISTINCT value, new.seq FROM jsonb_array_elements_text(new.tags);
+        ELSE
+            DELETE FROM document_tags
+            WHERE tag IN (SELECT value FROM jsonb_array_elements_text(old.tags)) AND seq = old.seq;
+        END IF;
+        RETURN NULL;
+    END $$""",
+    """CREATE TRIGGER document_tags_insert AFTER INSERT ON documents FOR EACH ROW
+        WHEN (new.tags <> '[]') EXECUTE FUNCTION keep_document_tags()""",
+    """CREATE TRIGGER document_tags_delete AFTER DELETE ON documents FOR EACH ROW
+        WHEN (old.tags <> '[]') EXECUTE FUNCTION keep_document_tags()""",
+)
 SQLITE_NOW = "(CAST(unixepoch('subsec') * 1000 AS INTEGER))"
 PG_NOW = "(extract(epoch from statement_timestamp()) * 1000)::bigint"
 SQLITE_AUDIT = (
