@@ -116,6 +116,18 @@ def config_check(as_json: bool) -> None:
     report({"valid": True, "findings": []}, as_json, "settings are valid")
 
 
+@cli.command()
+@json_option
+def doctor(as_json: bool) -> None:
+    """Find and explain what is wrong on this host, with the command that mends it: exit 1 if that is an error."""
+    from atlas.doctor import examine  # noqa: PLC0415
+
+    found = list(examine())
+    lines = [f"{each.level}: {each.check}: {each.message}\n    mend: {each.mend}" for each in found]
+    report([each.as_dict() for each in found], as_json, "\n".join(lines) or "nothing is wrong")
+    sys.exit(EXIT_FAILED if any(each.level == "error" for each in found) else 0)
+
+
 @cli.group()
 def db() -> None:
     """The schema of the store."""
@@ -211,6 +223,25 @@ def tokens_apply(as_json: bool) -> None:
     with open_database() as database:
         changed = Tokens(database).apply(load_settings().tokens)
     report({"changed": changed}, as_json, f"{changed} tokens changed")
+
+
+@tokens.command("list")
+@json_option
+def tokens_list(as_json: bool) -> None:
+    """List the tokens of the store, with what they may do and when they expire; secrets are known to nobody."""
+    from atlas.db import rfc3339  # noqa: PLC0415
+    from atlas.tokens import listed  # noqa: PLC0415
+
+    times = ("expires_at", "disabled_at", "created_at")
+    with open_database() as database:
+        found = [token | {name: rfc3339(token[name]) for name in times} for token in listed(database)]
+    lines = [
+        f"{token['name']} {','.join(token['scopes'])}"
+        + (f" expires {token['expires_at']}" if token["expires_at"] else "")
+        + (f" disabled {token['disabled_at']}" if token["disabled_at"] else "")
+        for token in found
+    ]
+    report(found, as_json, "\n".join(lines) or "there is no token")
 
 
 @cli.group()

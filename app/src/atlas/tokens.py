@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from sqlalchemy import or_, select, update
 
@@ -143,3 +144,10 @@ class Tokens:
         with self._lock:
             self._cache.clear()
         return changed
+
+
+def listed(database: Database) -> list[dict[str, Any]]:
+    """The tokens of the store by name, without their hashes; times are in milliseconds."""
+    columns = [tokens.c[name] for name in ("name", "scopes", "limits", "expires_at", "disabled_at", "created_at")]
+    with database.read() as connection:
+        return [dict(row) for row in connection.execute(select(*columns).order_by(tokens.c.name)).mappings()]
