@@ -82,10 +82,15 @@ class Lab:
 
     def playbook(self, name: str, *arguments: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
         """Run ``playbooks/NAME.yml`` on the lab; returns the finished process with its output."""
+        return self.run(
+            "ansible-playbook", "-i", str(self.inventory), f"playbooks/{name}.yml", *arguments, timeout=timeout
+        )
+
+    def run(self, *argv: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
+        """Run a program in the checkout, without what Molecule tells Ansible."""
         return subprocess.run(
-            ["ansible-playbook", "-i", str(self.inventory), f"playbooks/{name}.yml", *arguments],
-            cwd=PROJECT, env=self._environment(), capture_output=True, text=True, timeout=timeout, check=False,
-        )  # fmt: skip
+            argv, cwd=PROJECT, env=self._environment(), capture_output=True, text=True, timeout=timeout, check=False
+        )
 
     def operate(self, *arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
         """Run ``bin/lab ARGUMENTS``, the named operations on lab hosts."""

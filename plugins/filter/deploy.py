@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import getpass
 import os
-import socket
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +13,7 @@ import ansible.module_utils
 ansible.module_utils.__path__.append(str(Path(__file__).resolve().parent.parent / "module_utils"))
 
 from ansible.module_utils import canary, deploy_plan, deploy_status, release  # noqa: E402
+from ansible.module_utils.controller import controller, is_dead  # noqa: E402
 
 DOCUMENTATION = """
 name: deploy_plan
@@ -64,69 +63,6 @@ def newest(directory: Path) -> Path | None:
     """Return the release that was built last in *directory*."""
     archives = sorted(directory.glob("atlas-*.tar.gz"), key=lambda path: (path.stat().st_mtime, path.name))
     return archives[-1] if archives else None
-
-
-def controller() -> dict[str, str]:
-    """Return who deploys from where (holder), the controlling process, an identity for this deploy, and its start."""
-    pid = playbook_process()
-    return {
-        "holder": f"{getpass.getuser()}@{socket.gethostname()}",
-        "process": " ".join([*_machine(), str(pid), _started(pid) or "?"]),
-        "deploy": time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()) + f"-{pid}",
-        "began": str(time.time()),
-    }
-
-
-def playbook_process() -> int:
-    """Return the process of ansible-playbook: this one's eldest ancestor in an unbroken line of that name."""
-    pid = os.getpid()
-    while True:
-        try:
-            fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-            parent = int(fields[1])
-            if "ansible-playbook" not in Path(f"/proc/{parent}/cmdline").read_text():
-                return pid
-        except (OSError, ValueError):
-            return pid
-        pid = parent
-
-
-def is_dead(process: str) -> bool:
-    """Tell whether the controlling *process* of a lease is certainly gone: it was of this machine, and is no more."""
-    try:
-        machine, boot, space, pid, started = process.split()
-    except ValueError:
-        return False
-    ours = _machine()
-    if "?" in (machine, boot, space, started) or machine != ours[0]:
-        return False
-    if boot != ours[1]:
-        return True
-    return space == ours[2] and _started(int(pid)) != started
-
-
-def _machine() -> tuple[str, str, str]:
-    """Return the identity of this machine, of its boot and of its process numbers."""
-
-    def read(path: str) -> str:
-        try:
-            return Path(path).read_text().strip() or "?"
-        except OSError:
-            return "?"
-
-    try:
-        space = os.readlink("/proc/self/ns/pid")
-    except OSError:
-        space = "?"
-    return read("/etc/machine-id"), read("/proc/sys/kernel/random/boot_id"), space
-
-
-def _started(pid: int) -> str | None:
-    """Return the start time of process *pid* as the kernel counts it; with the number it names one process for ever."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
-    except (OSError, IndexError):
-        return None
 
 
 def plan(

@@ -193,6 +193,17 @@ class Balancer:
         self._set_state(names, "maint")
         return self._wait(names, lambda s: s.status == "MAINT", time.monotonic() + COMMAND_SECONDS, _still("MAINT"))
 
+    def require_others(self, names: Iterable[str], count: int) -> None:
+        """Raise RuntimeFailure unless *count* servers UP are left in each backend of *names* once these are out."""
+        out, known = set(names), self.servers()
+        for backend in sorted({name.split("/")[0] for name in out}):
+            others = [s for name, s in known.items() if name.split("/")[0] == backend and name not in out]
+            if sum(server.up for server in others) < count:
+                raise RuntimeFailure(
+                    f"{', '.join(sorted(out))} was not drained: {count} other server(s) of {backend} have to be UP meanwhile, "
+                    f"but {'; '.join(map(str, others)) or 'there is none'}"
+                )
+
     def drained(self, names: list[str], seconds: float) -> dict[str, Server]:
         """Give *names* no new requests, wait until none is in flight (old workers included), then put them into maint.
 

@@ -74,7 +74,6 @@ def apply(params: dict[str, Any], check: bool, host: Host) -> dict[str, Any]:
     changed = before != content or entries(path.read_text()) != content
     if changed and not check:
         balancer.write_map(str(path), content)
-        host.state.mkdir(mode=0o700, exist_ok=True)
         host.record("maintenance", state="on" if content else "off", reason=content.get("reason", ""))
     states = (f"maintenance: {known.get('reason', 'off')}\n" for known in (before, content))
     return {

@@ -28,6 +28,10 @@ options:
     description: Seconds for everything together.
     type: float
     default: 60
+  keep_up:
+    description: How many other servers of the same backend must be UP before C(state=drained) drains any.
+    type: int
+    default: 0
   socket:
     description: The runtime socket, of level admin.
     type: path
@@ -112,6 +116,7 @@ def main() -> None:
             "state": {"type": "str", "choices": ["drained", "maint", "warm", "ready", "switched"], "required": True},
             "servers": {"type": "list", "elements": "str", "default": []},
             "timeout": {"type": "float", "default": 60},
+            "keep_up": {"type": "int", "default": 0},
             "socket": {"type": "path", "default": "/run/haproxy/admin.sock"},
             "master_socket": {"type": "path", "default": "/run/haproxy-master.sock"},
             "check_interval": {"type": "float", "default": 1},
@@ -140,6 +145,8 @@ def main() -> None:
                 balancer.switch(params["map_path"], params["map_key"], params["map_value"], params["require_up"])
         else:
             changed = not is_already(state, balancer.servers(names))
+            if changed and state == "drained" and params["keep_up"]:
+                balancer.require_others(names, params["keep_up"])
             if not module.check_mode:
                 if state == "warm":
                     balancer.warm(names, params["timeout"])

@@ -12,7 +12,7 @@ from typing import Any
 import deploy
 import edge_probe
 import pytest
-from ansible.module_utils import lease, release
+from ansible.module_utils import controller, lease, release
 from ansible.module_utils.atlas_host import Answer
 
 
@@ -84,17 +84,17 @@ def test_the_lease_is_for_root_alone(tmp_path: Path) -> None:
 
 def test_a_process_is_dead_only_when_that_is_certain() -> None:
     child = subprocess.Popen(["sleep", "60"])
-    machine = " ".join(deploy._machine())
-    identity = f"{machine} {child.pid} {deploy._started(child.pid)}"
+    machine = " ".join(controller.machine())
+    identity = f"{machine} {child.pid} {controller.started(child.pid)}"
     try:
-        assert not deploy.is_dead(identity)
+        assert not controller.is_dead(identity)
     finally:
         child.kill()
         child.wait()
     if "?" not in machine:
-        assert deploy.is_dead(identity)
-    assert not deploy.is_dead("elsewhere " + identity.split(" ", 1)[1])
-    assert not deploy.is_dead("") and not deploy.is_dead("a b c")
+        assert controller.is_dead(identity)
+    assert not controller.is_dead("elsewhere " + identity.split(" ", 1)[1])
+    assert not controller.is_dead("") and not controller.is_dead("a b c")
 
 
 def archive(directory: Path, version: str, when: float) -> Path:

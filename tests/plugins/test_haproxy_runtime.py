@@ -261,6 +261,19 @@ def test_drained_asks_the_process_from_before_a_reload(edge: Edge) -> None:
     assert statuses == [200]
 
 
+def test_nobody_is_drained_where_too_few_others_serve(edge: Edge) -> None:
+    call = {"state": "drained", "servers": ["be_blue/app1"], "keep_up": 1, "timeout": 5}
+    edge.balancer.maint(["be_blue/app2"])
+    assert "1 other server(s) of be_blue have to be UP meanwhile, but be_blue/app2 is MAINT" in str(
+        ansible(edge, call)["msg"]
+    )
+    assert edge.balancer.servers()["be_blue/app1"].up
+    edge.balancer.ready(["be_blue/app2"], 10)
+    assert ansible(edge, call)["changed"] is True
+    assert ansible(edge, call)["changed"] is False, "one that is out already needs nobody"
+    assert edge.get() == (200, "blue")
+
+
 def test_a_reload_keeps_drains(edge: Edge) -> None:
     edge.balancer.warm(["be_blue/app1"], 10)
     edge.reload()

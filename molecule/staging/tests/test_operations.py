@@ -1,0 +1,145 @@
+"""Operations on a fleet that serves: reloads, a new certificate, HAProxy's upgrade, patches with a boot. Each under load."""
+
+from __future__ import annotations
+
+import json
+import ssl
+import sys
+import time
+
+from labtest import PROJECT, Lab
+
+sys.path.insert(0, str(PROJECT))
+
+from tests.load.traffic import Traffic  # noqa: E402
+from tests.load.verdict import Verdict  # noqa: E402
+
+# A package that nobody has, in version 1 installed and in version 2 on offer; on request version 2 wants a boot.
+OFFER = """
+set -e
+repository=/var/local/atlas-check
+rm -rf "$repository"; mkdir -p "$repository"; cd "$repository"
+for version in 1 2; do
+  tree=$(mktemp -d); mkdir "$tree/DEBIAN"; chmod 755 "$tree"
+  printf 'Package: atlas-check\\nVersion: %s\\nArchitecture: all\\nMaintainer: none <none@localhost>\\nDescription: check\\n' \\
+    "$version" > "$tree/DEBIAN/control"
+  if [ "$version" = 2 ] && [ -n "{boot}" ]; then
+    printf '#!/bin/sh\\necho atlas-check >> /run/reboot-required.pkgs\\ntouch /run/reboot-required\\n' > "$tree/DEBIAN/postinst"
+    chmod 755 "$tree/DEBIAN/postinst"
+  fi
+  dpkg-deb --build "$tree" "atlas-check_$version.deb" > /dev/null
+done
+dpkg --install atlas-check_1.deb > /dev/null
+"""
+# The package that is installed, with a higher version: the maintainer's scripts are the real ones.
+OFFER_HAPROXY = """
+set -e
+repository=/var/local/atlas-check
+rm -rf "$repository"; mkdir -p "$repository"; cd "$repository"; chmod 777 .
+apt-get -qq update; apt-get -qq download haproxy
+tree=$(mktemp -d); dpkg-deb --raw-extract haproxy_*.deb "$tree"; rm haproxy_*.deb
+sed -i 's/^Version: .*/&+check1/' "$tree/DEBIAN/control"
+dpkg-deb --build "$tree" haproxy_check.deb > /dev/null
+"""
+PUBLISH = """
+for deb in $(ls *_2.deb haproxy_check.deb 2> /dev/null); do
+  dpkg-deb --field "$deb"
+  printf 'Filename: ./%s\\nSize: %s\\nSHA256: %s\\n\\n' "$deb" "$(stat -c %s "$deb")" "$(sha256sum "$deb" | cut -d' ' -f1)"
+done > Packages
+printf 'Origin: Debian\\nLabel: Debian-Security\\nSuite: check-security\\nDate: %s\\nSHA256:\\n %s %s Packages\\n' \\
+  "$(date -Ru)" "$(sha256sum Packages | cut -d' ' -f1)" "$(stat -c %s Packages)" > Release
+chmod -R a+rX "$repository"
+echo "deb [trusted=yes] file:$repository ./" > /etc/apt/sources.list.d/atlas-check.list
+"""
+
+
+def load(lab: Lab, rate: float) -> Traffic:
+    return Traffic(lab.folder / "access.json", rate)
+
+
+def lossless(verdict: Verdict, least: int) -> None:
+    print(verdict)
+    assert verdict.good, str(verdict)
+    assert verdict.figures["sent"] >= least, "too few requests to say anything"
+
+
+def on(lab: Lab, host: str, script: str) -> str:
+    done = lab.ssh(host, script)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def booted(lab: Lab, host: str) -> str:
+    """When the first process of *host* began."""
+    return on(lab, host, "cut -d' ' -f22 /proc/1/stat")
+
+
+def exchange_certificates(lab: Lab) -> set[str]:
+    """Issue new certificates and put them into the running edges; returns those that are presented."""
+    for edge in lab.group("edge"):
+        (lab.folder / "tls" / f"{edge}.pem").unlink()
+    shape = ("-e", f"lab_name={lab.name}", "-e", "lab_environment=staging")
+    raised = lab.run("ansible-playbook", "-i", "localhost,", "playbooks/lab.yml", *shape, timeout=300)
+    assert raised.returncode == 0, raised.stdout[-2000:]
+    call = json.dumps({"path": "/etc/haproxy/tls/edge.pem", "pem": "{{ haproxy_tls_pem }}"})
+    done = lab.run("ansible", "-i", str(lab.inventory), "edge", "-m", "haproxy_certificate", "-a", call, timeout=120)
+    assert done.returncode == 0 and "loaded: true" in done.stdout, done.stdout
+    assert "PRIVATE" not in done.stdout + done.stderr
+    return {presented(lab, edge) for edge in lab.group("edge")}
+
+
+def presented(lab: Lab, edge: str) -> str:
+    """The certificate of *edge*, which has to be of the lab's authority."""
+    return ssl.get_server_certificate((lab.hosts[edge], 443), ca_certs=lab.ca, timeout=10)
+
+
+def test_reloads_and_a_new_certificate_lose_no_request(lab: Lab) -> None:
+    before = {presented(lab, edge) for edge in lab.group("edge")}
+    with load(lab, 20) as traffic:
+        for _ in range(4):
+            for edge in lab.group("edge"):
+                on(lab, edge, "systemctl reload haproxy")
+            time.sleep(1)
+        assert not before & exchange_certificates(lab)
+        time.sleep(2)
+    lossless(traffic.judge(), 200)
+
+
+def test_a_plain_restart_loses_some(lab: Lab) -> None:
+    """The control: what the test above and the next one call lossless can be seen to lose."""
+    with load(lab, 40) as traffic:
+        for _ in range(3):
+            for edge in lab.group("edge"):
+                on(lab, edge, "systemctl reset-failed haproxy; systemctl restart haproxy")
+            time.sleep(2)
+    assert not traffic.judge().good
+
+
+def test_hosts_are_patched_and_boot_one_by_one_without_losing_a_request(lab: Lab) -> None:
+    first, second = lab.group("app")
+    (edge,) = lab.group("edge")
+    hosts = {first: OFFER.format(boot=""), second: OFFER.format(boot="yes"), edge: OFFER_HAPROXY}
+    for host, offer in hosts.items():
+        on(lab, host, offer + PUBLISH)
+    before = {host: booted(lab, host) for host in hosts}
+    main = on(lab, edge, "systemctl show --property MainPID --value haproxy")
+    try:
+        with load(lab, 15) as traffic:
+            run = lab.playbook("patch", timeout=500)
+            time.sleep(2)
+        assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+        again = lab.playbook("patch", timeout=300)
+    finally:
+        for host in hosts:
+            lab.ssh(host, "rm -rf /etc/apt/sources.list.d/atlas-check.list /var/local/atlas-check")
+    lossless(traffic.judge(), 300)
+    for host in (first, second):
+        assert on(lab, host, "dpkg-query -W -f '${Version}' atlas-check") == "2", host
+    assert booted(lab, second) != before[second], "it was to boot"
+    assert booted(lab, first) == before[first], "nobody asked it to boot"
+    assert on(lab, edge, "dpkg-query -W -f '${Version}' haproxy").endswith("+check1")
+    assert on(lab, edge, "systemctl show --property MainPID --value haproxy") == main, "it restarted"
+    assert "(deleted)" not in on(lab, edge, f"readlink /proc/{main}/exe")
+    assert again.returncode == 0 and "Nothing to patch: no host was touched." in again.stdout
+    recap = [line for line in again.stdout.splitlines() if "changed=" in line]
+    assert all("changed=0" in line for line in recap), recap
