@@ -163,6 +163,12 @@ def _hosts(looked: Facts, facts: Facts, options: Mapping[str, Any], targets: Seq
                 f"{host}: deployment {fact['transaction'].get('deployment')} did not end. "
                 f"Finish or undo it first: ansible-playbook -i {options['inventory']} playbooks/deploy.yml"
             )
+        owed = [edge for edge in options["edges"] if host in (facts.get(edge, {}).get("edge", {}).get("owed") or {})]
+        if host in targets and owed:
+            found.append(
+                f"{host} is owed a deployment and kept out of traffic. Deploy first: "
+                f"ansible-playbook -i {options['inventory']} playbooks/deploy.yml"
+            )
         if host in options["edges"] and fact["edge"].get("error"):
             found.append(f"{host}: HAProxy does not run: {fact['edge']['error']}. See: systemctl status haproxy")
     return found

@@ -83,8 +83,8 @@ def apply(params: Mapping[str, Any], packages: Packages, host: Host, check: bool
     renewed: list[str] = []
     if upgrade and not check:
         if chosen:
-            host.record("upgrading", phase="patch", packages=[f"{p.name} {p.old} -> {p.new}" for p in chosen])
-            packages.upgrade(chosen, params["timeout"])
+            with host.recorded("upgraded", "patch", packages=[f"{p.name} {p.old} -> {p.new}" for p in chosen]):
+                packages.upgrade(chosen, params["timeout"])
         renewed = packages.renew(packages.stale())
     stale = packages.stale()
     lines = "".join(f"{p.name} {{}}\n" for p in chosen)

@@ -166,6 +166,14 @@ def test_all_findings_come_at_once_and_nothing_is_planned() -> None:
     assert plan["order"] == [] and plan["steps"] == {}
 
 
+def test_a_host_that_is_owed_a_deployment_is_not_brought_back_with_its_old_one() -> None:
+    behind = edge(app2="MAINT")
+    behind["edge"]["owed"] = {"app2": {"deployment": 5}}
+    (finding,) = decide({"app1": looked("openssl")}, {"edge1": behind})["findings"]
+    assert "app2 is owed a deployment" in finding
+    assert decide({"app1": looked("openssl")}, {"edge1": behind, "edge2": behind}, only=["db1"])["findings"] == []
+
+
 def test_a_deploy_that_runs_keeps_it_out_and_a_dead_one_does_not() -> None:
     lease = {
         "deploy": "d1",
