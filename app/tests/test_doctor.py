@@ -262,6 +262,14 @@ def test_a_database_that_is_away(tmp_path: Path) -> None:
     deployment.close()
 
 
+@pytest.mark.parametrize(("days", "expected"), [(3, ["test expires in 3.0 days"]), (8, [])])
+def test_a_token_that_expires_within_a_week(host: Host, days: int, expected: list[str]) -> None:
+    with host.database.read() as connection:
+        expires_at = host.database.now(connection) + days * 86_400_000
+    host.execute(update(tokens_table).values(expires_at=expires_at))
+    assert [each.message for each in found()] == expected
+
+
 def test_tokens_are_listed_without_their_hashes(host: Host) -> None:
     host.execute(update(tokens_table).values(expires_at=1_700_000_000_000))
     host.execute(insert(tokens_table).values(name="old", sha256="0" * 64, scopes=["read"], created_at=0, disabled_at=1))
