@@ -13,7 +13,7 @@ import ansible.module_utils
 ansible.module_utils.__path__.append(str(Path(__file__).resolve().parent.parent / "module_utils"))
 
 from ansible.module_utils import canary, deploy_plan, deploy_status, release  # noqa: E402
-from ansible.module_utils.controller import controller, is_dead  # noqa: E402
+from ansible.module_utils.controller import controller, is_dead, judge  # noqa: E402
 
 DOCUMENTATION = """
 name: deploy_plan
@@ -125,6 +125,11 @@ def status(facts: deploy_plan.Facts, hosts: Sequence[str], edges: Sequence[str])
     return deploy_status.status(facts, hosts, edges)
 
 
+def locks(facts: deploy_plan.Facts) -> list[str]:
+    """Return :func:`deploy_status.locks` as this controller and moment see it."""
+    return deploy_status.locks(facts, judge, time.time())
+
+
 def returned(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Return the hosts whose result of an undo (atlas_slot) says that it was done."""
     bad = ("failed", "unreachable", "skipped")
@@ -147,4 +152,5 @@ class FilterModule:
             "deploy_status": status,
             "deploy_returned": returned,
             "deploy_table": deploy_status.table,
+            "deploy_locks": locks,
         }

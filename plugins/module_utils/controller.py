@@ -36,16 +36,19 @@ def playbook_process() -> int:
 
 def is_dead(process: str) -> bool:
     """Tell whether the controlling *process* of a lease is certainly gone: it was of this machine, and is no more."""
+    return judge(process) == "dead"
+
+
+def judge(process: str) -> str:
+    """Return what can be said here of the controlling *process* of a lease: ``alive``, ``dead``, or ``elsewhere``."""
     try:
         known, boot, space, pid, began = process.split()
     except ValueError:
-        return False
+        return "elsewhere"
     ours = machine()
-    if "?" in (known, boot, space, began) or known != ours[0]:
-        return False
-    if boot != ours[1]:
-        return True
-    return space == ours[2] and started(int(pid)) != began
+    if "?" in (known, boot, space, began) or known != ours[0] or (boot == ours[1] and space != ours[2]):
+        return "elsewhere"
+    return "alive" if boot == ours[1] and started(int(pid)) == began else "dead"
 
 
 def machine() -> tuple[str, str, str]:

@@ -11,6 +11,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ansible.module_utils import freeze
+
 SUPPORTED_DEBIAN = ("12", "13")
 MODES = {
     "nothing": "what is wanted is in service",
@@ -81,6 +83,10 @@ def plan(
     else:
         findings += [release["error"]] if release.get("error") else []
         _deploy(result, fleet, release, options)
+        if result["mode"] == "deploy":
+            findings += freeze.findings(options["freeze_windows"], options["freeze_override"], now)
+            overridden = freeze.findings(options["freeze_windows"], "", now) if options["freeze_override"] else []
+            result["override"] = options["freeze_override"] if overridden else ""
     findings += schema_findings(result, fleet, options)
     result["findings"] = list(dict.fromkeys(findings))
     return result

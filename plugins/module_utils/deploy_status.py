@@ -6,7 +6,7 @@ Pure: everything comes in as data.
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ansible.module_utils.deploy_plan import Facts, Fleet, answered, when
@@ -116,6 +116,32 @@ def _edge(edge: str, facts: Facts, fleet: Fleet) -> dict[str, Any]:
         "owed": owed,
         "drift": drift,
     }
+
+
+def locks(facts: Facts, judge: Callable[[str], str], now: float) -> list[str]:
+    """Return who holds the lock on each edge, in lines for people.
+
+    *facts*: edge → result of atlas_facts. *judge*: see :func:`controller.judge`. *now*: Unix time.
+    """
+    lines = []
+    said = {
+        "dead": "its process is gone: the next deploy takes the lock over by itself",
+        "alive": "its process RUNS on this machine: without the lock it fails, and undoes what it did",
+        "elsewhere": "its process is on another machine: ask its holder whether it still runs",
+    }
+    for edge, fact in facts.items():
+        lease = (fact.get("edge") or {}).get("lease")
+        if not answered(facts, edge):
+            lines.append(f"{edge:12} cannot be reached")
+        elif not lease:
+            lines.append(f"{edge:12} free")
+        else:
+            over = float(lease.get("expires", 0)) <= now
+            lines += [
+                f"{edge:12} held by {lease.get('holder')} since {when(lease.get('since', 0))} for: {lease.get('reason')}",
+                f"{'':12} {'expired' if over else 'expires'} at {when(lease.get('expires', 0))}; {said[judge(str(lease.get('process', '')))]}",
+            ]
+    return lines
 
 
 def table(state: Mapping[str, Any]) -> str:

@@ -87,12 +87,13 @@ def test_a_process_is_dead_only_when_that_is_certain() -> None:
     machine = " ".join(controller.machine())
     identity = f"{machine} {child.pid} {controller.started(child.pid)}"
     try:
-        assert not controller.is_dead(identity)
+        assert controller.judge(identity) == "alive" and not controller.is_dead(identity)
     finally:
         child.kill()
         child.wait()
     if "?" not in machine:
         assert controller.is_dead(identity)
+    assert controller.judge("elsewhere " + identity.split(" ", 1)[1]) == "elsewhere"
     assert not controller.is_dead("elsewhere " + identity.split(" ", 1)[1])
     assert not controller.is_dead("") and not controller.is_dead("a b c")
 

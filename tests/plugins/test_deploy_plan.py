@@ -86,6 +86,8 @@ def options(**other: Any) -> dict[str, Any]:
         "disk_mb": 1024,
         "memory_mb": 256,
         "skew_seconds": 5.0,
+        "freeze_windows": [],
+        "freeze_override": "",
         "asked_at": NOW - 2,
         "steps": [{"percent": 25, "seconds": 3, "samples": 0}, {"percent": 100, "seconds": 3, "samples": 0}],
         "lease_seconds": 3600,
@@ -95,6 +97,7 @@ def options(**other: Any) -> dict[str, Any]:
     } | other
 
 
+FROZEN = {"reason": "year end", "from": "1970-01-12", "to": "1970-01-14", "time_zone": "UTC"}
 THREE: dict[str, Any] = {"hosts": ["app1", "app2", "app3"]}
 TWO_EDGES: dict[str, Any] = {"edges": ["edge1", "edge2"]}
 
@@ -225,6 +228,7 @@ def test_a_new_edge_is_brought_in_line_although_nothing_else_is_to_do() -> None:
         (fleet(), {"credentials": {"tokens": 10}}, None, "atlas_credentials lacks fernet_keys"),
         (fleet(), {"steps": [{"percent": 50}]}, None, "deploy_canary_steps names 50;"),
         (fleet(), {"steps": [{"percent": 50}, {"percent": 50}, {"percent": 100}]}, None, "deploy_canary_steps"),
+        (fleet(), {"freeze_windows": [FROZEN]}, None, "Deploys are frozen until Wed 1970-01-14 00:00 UTC"),
         (fleet(), {"lease_seconds": 300}, None, "deploy_lease_seconds is 300, but a single phase may take 300 s"),
     ],
 )
@@ -568,3 +572,27 @@ def test_status_of_a_fleet_that_is_well_has_no_drift() -> None:
 def test_status_shows_hosts_that_cannot_be_reached() -> None:
     state = status({"app1": {"unreachable": True, "msg": "gone"}}, ("app1",))
     assert "not reachable" in deploy_status.table(state)
+
+
+def test_a_freeze_is_overridden_with_a_reason_that_is_kept() -> None:
+    assert (
+        decide(fleet(), freeze_windows=[FROZEN], freeze_override="the site is down")["override"] == "the site is down"
+    )
+    assert decide(fleet(), freeze_override="out of habit")["override"] == "", "nothing was overridden"
+
+
+def test_a_freeze_keeps_nobody_from_what_is_not_new() -> None:
+    nothing = decide(settled(), freeze_windows=[FROZEN])
+    assert nothing["nothing_to_do"] and nothing["findings"] == []
+    back = decide(fleet(), release={}, rollback={"deployment": ""}, freeze_windows=[FROZEN])
+    assert back["mode"] == "rollback" and not any("frozen" in finding for finding in back["findings"])
+
+
+def test_the_holder_of_a_lock_is_named_with_what_is_known_of_its_process() -> None:
+    lease = {"holder": "ada@laptop", "since": NOW - 60, "expires": NOW + 60, "reason": "deploy 1", "process": "p"}
+    facts = {"edge1": edge(lease=lease), "edge2": edge(), "edge3": {"unreachable": True}}
+    lines = deploy_status.locks(facts, lambda process: "alive" if process == "p" else "dead", NOW)
+    assert "edge1        held by ada@laptop since 1970-01-12 13:45:40 UTC for: deploy 1" in lines
+    assert "expires at 1970-01-12 13:47:40 UTC; its process RUNS" in lines[1]
+    assert lines[2:] == ["edge2        free", "edge3        cannot be reached"]
+    assert "expired" in deploy_status.locks({"edge1": edge(lease=lease)}, lambda _: "dead", NOW + 60)[1]
