@@ -87,8 +87,30 @@ def play(hostvars: Mapping[str, Mapping[str, Any]] | None, name: str) -> list[st
     if not plans:
         return []
     failures = [variables["__deploy_failure"] for variables in everyone.values() if "__deploy_failure" in variables]
-    touched = [host for host in plans[0]["hosts"] if everyone.get(host, {}).get("__deploy_touched")]
+    touched = [host for host in plans[0]["hosts"] if _touched(everyone.get(host, {}))]
     return deploy_plan.play_hosts(name, plans[0], failures, touched)
+
+
+def _touched(variables: Mapping[str, Any]) -> bool:
+    """Tell whether a deploy has begun to change a host: the first task that does so was not skipped there."""
+    results = (variables.get(name) or {"skipped": True} for name in ("__deploy_drained", "__deploy_started"))
+    return not all(result.get("skipped") for result in results)
+
+
+def touched(hostvars: Mapping[str, Mapping[str, Any]], hosts: Sequence[str]) -> list[str]:
+    """Return those of *hosts* that a deploy has begun to change."""
+    return [host for host in hosts if _touched(hostvars[host])]
+
+
+def all_well(hostvars: Mapping[str, Mapping[str, Any]], hosts: Sequence[str], name: str) -> bool:
+    """Tell whether the result *name* of every one of *hosts* is there, and neither failed nor unreachable nor skipped."""
+    return len(returned({host: hostvars[host].get(name) or {} for host in hosts})) == len(hosts)
+
+
+def batch(hostvars: Mapping[str, Mapping[str, Any]] | None) -> int:
+    """Return how many hosts a rolling deploy takes at a time."""
+    plans = [variables.get("__deploy_plan") for variables in dict(hostvars or {}).values()]
+    return next((int(plan_["batch"]) for plan_ in plans if plan_), 1)
 
 
 def verdict(
@@ -148,6 +170,9 @@ class FilterModule:
             "deploy_summary": deploy_plan.summary,
             "deploy_changes": changes,
             "deploy_play": play,
+            "deploy_batch": batch,
+            "deploy_touched": touched,
+            "deploy_all_well": all_well,
             "deploy_verdict": verdict,
             "deploy_status": status,
             "deploy_returned": returned,

@@ -453,17 +453,16 @@ class Host:
         processes: list[str] = []
         while True:
             shown = self.show(units(gate.slot))
-            current = [shown.get(name, {}).get("MainPID", "0") for name in units(gate.slot)]
-            due = since is None or current != processes or time.monotonic() - since >= minimum
-            fault = gate.fault(shown) if due else gate.quick_fault(shown)
-            if fault is None and current == processes and since is not None:
-                if due:
+            before, processes = processes, [shown.get(name, {}).get("MainPID", "0") for name in units(gate.slot)]
+            fault = gate.quick_fault(shown)
+            if fault is not None:
+                since = None
+            elif since is None or processes != before:
+                since = time.monotonic()
+            if since is not None and time.monotonic() - since >= minimum:
+                fault = gate.slow_fault()
+                if fault is None:
                     return time.time() - began
-            else:
-                since = None if fault else time.monotonic()
-                if fault is None and not minimum:
-                    return time.time() - began
-            processes = current
             for name in units(gate.slot):
                 restarts = int(shown.get(name, {}).get("NRestarts") or 0)
                 if restarts - first.setdefault(name, restarts) >= CRASHES:
@@ -548,7 +547,7 @@ class Gate:
 
     def fault(self, shown: Mapping[str, Mapping[str, str]]) -> tuple[str, str] | None:
         """Return (guilty unit, what is wrong), or None if all is well. *shown* is the state of the four units."""
-        return self.quick_fault(shown) or self._workers() or self._probe()
+        return self.quick_fault(shown) or self.slow_fault()
 
     def quick_fault(self, shown: Mapping[str, Mapping[str, str]]) -> tuple[str, str] | None:
         """Return what units and ``/readyz`` alone say."""
@@ -564,6 +563,10 @@ class Gate:
         if release != self.release:
             return api, f"answers as release {release}, expected {self.release}"
         return None
+
+    def slow_fault(self) -> tuple[str, str] | None:
+        """Return what the workers say, by their heartbeats and by a job of their own."""
+        return self._workers() or self._probe()
 
     def _workers(self) -> tuple[str, str] | None:
         workers = self.ask(API_PORTS[self.slot], "/health").body.get("workers") or []

@@ -257,11 +257,17 @@ def _deploy(result: dict[str, Any], fleet: Fleet, release: Mapping[str, Any], op
         "rolling": rolling,
         "slot": slot,
         "watch_first": mode == "deploy" and rolling and len(options["steps"]) > 1,
+        "batch": batch(len(options["hosts"]), options),
         "warm": False,
         "contract": contract,
         "release": dict(release),
         "nothing_to_do": mode == "nothing",
     }
+
+
+def batch(count: int, options: Options) -> int:
+    """Return how many of *count* hosts may be out of rotation at once, so that the least capacity in percent is kept."""
+    return max(1, int(count * (100 - options["capacity_percent"]) / 100))
 
 
 def first_slot(fleet: Fleet) -> str:
@@ -325,6 +331,7 @@ def _rollback(result: dict[str, Any], fleet: Fleet, options: Options) -> list[st
         "slot": fleet.home if rolling else target,
         "warm": warm,
         "watch_first": False,
+        "batch": batch(len(options["hosts"]), options),
         "contract": False,
         "rolled_back": fleet.number,
         "release": {
@@ -643,9 +650,9 @@ def summary(plan_: Mapping[str, Any], options: Options) -> list[str]:
 def _how(plan_: Mapping[str, Any], options: Options) -> str:
     slot = plan_["slot"]
     if plan_["mode"] == "join":
-        return f"the others have it; host by host in slot {slot}"
+        return f"the others have it; {plan_['batch']} at a time in slot {slot}"
     if plan_["rolling"]:
-        return f"host by host in slot {slot}"
+        return f"{plan_['batch']} at a time in slot {slot}"
     if plan_["warm"]:
         return f"slot {slot} is warm, one switch per edge"
     shares = [f"{step['percent']} %" for step in options["steps"][:-1]]

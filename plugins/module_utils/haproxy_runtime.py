@@ -209,6 +209,11 @@ class Balancer:
 
         Past *seconds* it raises and says who still holds requests; those servers stay in drain.
         """
+        self.emptied(names, seconds)
+        return self.maint(names)
+
+    def emptied(self, names: list[str], seconds: float) -> None:
+        """Do the same without maint at the end: health checks go on, so that :meth:`ready` need not wait for them."""
         deadline = time.monotonic() + seconds
         self._set_state([name for name, server in self.servers(names).items() if server.status != "MAINT"], "drain")
         self._wait(names, lambda s: s.sessions == 0, deadline, lambda late: _not_drained(seconds, map(str, late)))
@@ -219,14 +224,15 @@ class Balancer:
                 ]
                 raise RuntimeFailure(_not_drained(seconds, texts))
             time.sleep(POLL_SECONDS)
-        return self.maint(names)
 
-    def warm(self, names: list[str], seconds: float) -> dict[str, Server]:
+    def warm(self, names: list[str], seconds: float, age: float = 0.0) -> dict[str, Server]:
         """Have *names* checked without traffic until a check made from now on has passed; they end in DRAIN.
 
         Entering drain shows the result of a check from before: it counts only after another result was seen in between, or
-        when a whole check interval and a half has passed, in which a new check has begun and ended.
+        when a whole check interval and a half has passed, in which a new check has begun and ended. Of servers that were in
+        drain already, checks that ended in the last *age* seconds count too.
         """
+        known = {name for name, server in self.servers(names).items() if server.status == "DRAIN"}
         begin = time.monotonic()
         deadline = begin + seconds
         self._set_state(names, "drain")
@@ -235,20 +241,21 @@ class Balancer:
         def fresh(server: Server) -> bool:
             if server.check.removeprefix("* ") != "L7OK":
                 failed_since.add(server.name)
-            old = server.name not in failed_since and time.monotonic() - begin < 1.5 * self.check_interval
+            waited = time.monotonic() - begin + (age if server.name in known else 0.0)
+            old = server.name not in failed_since and waited < 1.5 * self.check_interval
             return server.status == "DRAIN" and server.checked and not old
 
         return self._wait(names, fresh, deadline, lambda late: _not_ready(seconds, late))
 
-    def ready(self, names: list[str], seconds: float) -> dict[str, Server]:
+    def ready(self, names: list[str], seconds: float, age: float = 0.0) -> dict[str, Server]:
         """Put *names* into traffic, each only after a fresh check has passed, and wait until HAProxy calls them UP.
 
-        MAINT to ready would count as UP before any check, hence the way through :meth:`warm`.
+        MAINT to ready would count as UP before any check, hence the way through :meth:`warm`, with its *age*.
         """
         deadline = time.monotonic() + seconds
         out = [name for name, server in self.servers(names).items() if not server.status.startswith("UP")]
         if out:
-            self.warm(out, seconds)
+            self.warm(out, seconds, age)
             self._set_state(out, "ready")
         return self._wait(names, lambda s: s.up, deadline, lambda late: _not_ready(seconds, late))
 

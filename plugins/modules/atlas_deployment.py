@@ -39,6 +39,10 @@ options:
     description: Name to plaintext of the service's credentials. Never logged.
     type: dict
     required: true
+  check:
+    description: Whether the release checks the settings. Its services do so anyhow when they start.
+    type: bool
+    default: true
   slot:
     description: The slot for which the release checks its settings.
     type: str
@@ -153,6 +157,7 @@ def main() -> None:
             "schema": {"type": "dict", "default": {}},
             "settings": {"type": "str", "required": True},
             "credentials": {"type": "dict", "required": True, "no_log": True},
+            "check": {"type": "bool", "default": True},
             "slot": {"type": "str", "choices": ["blue", "green"], "default": "blue"},
             "deploy": {"type": "str", "default": ""},
         },
@@ -206,7 +211,8 @@ def apply(params: Mapping[str, Any], host: Host, check: bool) -> dict[str, Any]:
             own = {"id": number, "fingerprint": mark, "created_at": now(), "settings": settings}
             own["credentials"] = fingerprint(fingerprint_key(host.state), "", "", credentials)
             render(host, {**fields, **own}, credentials)
-            host.command(number, params["slot"], ["config", "check"], CHECK_SECONDS)
+            if params["check"]:
+                host.command(number, params["slot"], ["config", "check"], CHECK_SECONDS)
     return {**result, "changed": True}
 
 

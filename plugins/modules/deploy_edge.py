@@ -10,7 +10,8 @@ description:
   - V(prepared) waits until all O(servers) pass this edge's health checks, keeps the hosts in O(missing) out of every backend,
     and tells how the old servers have done since O(since).
   - V(switched) sends all traffic to O(backend), in the map's file and in memory, unless it is later than O(not_after).
-  - V(drained) and V(ready) take O(servers) out of traffic and bring them back after a fresh health check.
+  - V(drained) and V(ready) take O(servers) out of traffic and bring them back. In between they stay in DRAIN, where health
+    checks go on, so that V(ready) knows how they are; O(healthy_for) tells which checks count.
   - V(settled) notes which hosts are owed a deployment and which no longer.
   - Every call but V(settled) renews the lock of O(deploy) first, and fails if that is lost.
 options:
@@ -63,6 +64,10 @@ options:
     default: 1
   not_after:
     description: Unix time after which V(switched) refuses, so that a call that was held up cannot switch late. 0 is never.
+    type: float
+    default: 0
+  healthy_for:
+    description: For how many seconds O(servers) have been healthy, for V(ready). Health checks that ended before do not count.
     type: float
     default: 0
   timeout:
@@ -131,17 +136,21 @@ class Edge:
 
     def prepared(self) -> dict[str, Any]:
         """Have the new servers UP and the missing hosts out, and look at the old servers."""
+        out = self._keep_out()
+        if self.params["servers"] and not self.check:
+            self.balancer.ready(self.params["servers"], self.params["timeout"])
+        return {"changed": out, **self._old()}
+
+    def _keep_out(self) -> bool:
+        """Take the missing hosts out of every backend; tell whether one was in."""
         out = [
             name
             for name, server in self.balancer.servers().items()
             if self._host(name) in self.params["missing"] and server.status != "MAINT"
         ]
-        if not self.check:
-            if out:
-                self.balancer.maint(out)
-            if self.params["servers"]:
-                self.balancer.ready(self.params["servers"], self.params["timeout"])
-        return {"changed": bool(out), **self._old()}
+        if out and not self.check:
+            self.balancer.maint(out)
+        return bool(out)
 
     def _old(self) -> dict[str, Any]:
         if not self.params["old_servers"]:
@@ -173,17 +182,17 @@ class Edge:
     def drained(self) -> dict[str, Any]:
         """Take the servers out of traffic, having looked how the old ones do."""
         names, old = self.params["servers"], self._old()
-        changed = not is_already("drained", self.balancer.servers(names))
-        if changed and not self.check:
-            self.balancer.drained(names, self.params["timeout"])
-        return {"changed": changed, **old}
+        self._keep_out()
+        if not self.check:
+            self.balancer.emptied(names, self.params["timeout"])
+        return {"changed": True, **old}
 
     def ready(self) -> dict[str, Any]:
         """Bring the servers back."""
         names = self.params["servers"]
         changed = not is_already("ready", self.balancer.servers(names))
         if changed and not self.check:
-            self.balancer.ready(names, self.params["timeout"])
+            self.balancer.ready(names, self.params["timeout"], self.params["healthy_for"])
         return {"changed": changed}
 
     def settled(self) -> dict[str, Any]:
@@ -244,6 +253,7 @@ def main() -> None:
             "backend": {"type": "str"},
             "require_up": {"type": "int", "default": 1},
             "not_after": {"type": "float", "default": 0},
+            "healthy_for": {"type": "float", "default": 0},
             "timeout": {"type": "float", "default": 60},
             "socket": {"type": "path", "default": "/run/haproxy/admin.sock"},
             "master_socket": {"type": "path", "default": "/run/haproxy-master.sock"},

@@ -390,7 +390,7 @@ def test_the_log_of_a_failed_start_begins_after_the_stop(host: Host, monkeypatch
         return done
 
     monkeypatch.setattr(host, "stop", stopping)
-    monkeypatch.setattr(Gate, "fault", lambda *_: ("atlas-api@blue.service", "is shut"))
+    monkeypatch.setattr(Gate, "quick_fault", lambda *_: ("atlas-api@blue.service", "is shut"))
     with pytest.raises(HostError, match="is shut"):
         atlas_slot.Slot(params(slot="blue", number=2, release="1.0-abc", timeout=0), host, False).started()
     calls = [call for call in host.run.calls if call[0] == "journalctl"]  # type: ignore[attr-defined]
@@ -435,7 +435,7 @@ def wanted(**other: Any) -> dict[str, Any]:
         "settings": "a: 1\n",
         "credentials": {"tokens": "SECRET"},
     }
-    return {"number": 1, "schema": {"head": "1"}, "slot": "blue", "deploy": "d1"} | content | other
+    return {"number": 1, "schema": {"head": "1"}, "slot": "blue", "deploy": "d1", "check": True} | content | other
 
 
 def test_a_deployment_appears_whole_and_once(host: Host, as_root: None) -> None:

@@ -45,7 +45,7 @@ def order(edge: Edge, state: str, check: bool = False, **other: Any) -> dict[str
     """Run the module deploy_edge as a deploy does."""
     params: dict[str, Any] = {
         "state": state, "deploy": "d1", "lease_seconds": 3600, "servers": [], "old_servers": [], "since": {},
-        "missing": [], "done": [], "number": 5, "backend": None, "require_up": 2, "not_after": 0.0, "timeout": 10.0,
+        "missing": [], "done": [], "healthy_for": 0.0, "number": 5, "backend": None, "require_up": 2, "not_after": 0.0, "timeout": 10.0,
         "map_path": edge.map,
     } | other  # fmt: skip
     return deploy_edge.run(params, deploy_edge.Edge(params, edge.balancer, Host(state=lease.DIRECTORY), check))
@@ -108,6 +108,24 @@ def test_hosts_that_take_no_part_are_kept_out_of_every_backend(edge: Edge) -> No
     assert not order(edge, "settled", missing=["app2"])["changed"]
     order(edge, "settled", done=["app2"])
     assert json.loads((lease.DIRECTORY / "owed.json").read_text()) == {}
+
+
+def test_a_host_that_was_healthy_for_a_while_is_back_without_another_wait(edge: Edge) -> None:
+    order(edge, "drained", servers=BLUE[:1])
+    assert edge.balancer.servers()[BLUE[0]].status == "DRAIN"
+    edge.services[BLUE[0]].kill()
+    until(lambda: edge.balancer.servers()[BLUE[0]].check != "L7OK")
+    with pytest.raises(RuntimeFailure, match="no passed health check"):
+        order(edge, "ready", servers=BLUE[:1], healthy_for=3.0, timeout=0.5)
+    edge.start("app1", "blue")
+    until(lambda: edge.balancer.servers()[BLUE[0]].check == "L7OK")
+    began = time.monotonic()
+    order(edge, "ready", servers=BLUE[:1], healthy_for=3.0)
+    assert time.monotonic() - began < 0.5 and edge.balancer.servers()[BLUE[0]].up
+    order(edge, "drained", servers=BLUE[:1])
+    began = time.monotonic()
+    order(edge, "ready", servers=BLUE[:1])
+    assert time.monotonic() - began > 1.4, "without that it waits for a check made from now on"
 
 
 def test_an_order_that_comes_late_is_not_obeyed(edge: Edge) -> None:

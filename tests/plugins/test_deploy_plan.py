@@ -90,6 +90,7 @@ def options(**other: Any) -> dict[str, Any]:
         "freeze_override": "",
         "asked_at": NOW - 2,
         "steps": [{"percent": 25, "seconds": 3, "samples": 0}, {"percent": 100, "seconds": 3, "samples": 0}],
+        "capacity_percent": 60,
         "lease_seconds": 3600,
         "longest_seconds": 300,
         "inventory": "INV",
@@ -522,6 +523,11 @@ def test_the_order_of_a_rolling_deploy() -> None:
     )  # fmt: skip
     assert hosts("switch_start") == hosts("switch_traffic") == []
     assert hosts("verify") == ["edge1", "app1", "app2"]
+
+
+@pytest.mark.parametrize(("count", "percent", "at_once"), [(2, 60, 1), (3, 60, 1), (6, 60, 2), (6, 100, 1), (9, 50, 4)])
+def test_capacity_never_falls_below_its_minimum(count: int, percent: int, at_once: int) -> None:
+    assert deploy_plan.batch(count, options(capacity_percent=percent)) == at_once
 
 
 # Status
