@@ -120,21 +120,20 @@ def verdict(
     everyone = {host: hostvars[host] for host in hosts}
     plan_ = next(variables["__deploy_plan"] for variables in everyone.values() if "__deploy_plan" in variables)
     watched = {host: variables.get("__deploy_watched") or {} for host, variables in everyone.items()}
-    before = {host: _before(hostvars[host]) for host in dict.fromkeys([*plan_["edges"], *plan_["hosts"]])}
+    before = _before(hostvars, plan_)
     found = canary.verdict(watched, before, (plan_["number"], plan_["old_number"]), limits)
     return {**found, "told": canary.told(found)}
 
 
-def _before(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """Return how the old deployment did since preflight, as a host or an edge saw it before the switch."""
-    drained = (variables.get("__deploy_drained") or {}).get("results") or []
-    counted = [(variables.get("__deploy_prepared") or {}).get("old"), *(result.get("old") for result in drained)]
-    after = (variables.get("__deploy_started") or {}).get("histogram") or {}
-    first = (variables.get("__deploy_facts") or {}).get("histogram") or {}
-    return {
-        "edge": canary.combine(each for each in counted if each),
-        "app": {bound: value - first.get(bound, 0) for bound, value in after.items()},
-    }
+def _before(hostvars: Mapping[str, Mapping[str, Any]], plan_: Mapping[str, Any]) -> dict[str, Any]:
+    """Return edge → how the old deployment did there since preflight, as it was seen before the switch."""
+    found: dict[str, Any] = {}
+    for host in dict.fromkeys([*plan_["edges"], *plan_["hosts"][:1]]):
+        # Prepared on each edge, or drained from the first host on each edge in turn.
+        drained = (hostvars[host].get("__deploy_drained") or {}).get("results") or []
+        results = [hostvars[host].get("__deploy_prepared") or {}, *drained]
+        found |= {f"{host} {index}": result["old"] for index, result in enumerate(results) if result.get("old")}
+    return found
 
 
 def changes(facts: deploy_plan.Facts, plan_: Mapping[str, Any]) -> list[str]:

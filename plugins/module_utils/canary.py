@@ -1,8 +1,8 @@
 """Whether a new release does as well as the old one: what is counted, and the verdict. Pure, with the standard library alone.
 
-Four things are compared: failed requests and their mean time (HAProxy's counters of each server), the share of slow
-requests (the services' own histograms), and failed jobs (the queue's events of each deployment). Shares are compared with
-the bounds of Wilson's score interval (E. B. Wilson, 1927), so that few samples convict nobody and acquit nobody by chance.
+Three things are compared: failed requests and slow requests (HAProxy's counts of each server), and failed jobs (the queue's
+events of each deployment). Shares are compared with the bounds of Wilson's score interval (E. B. Wilson, 1927), so that few
+samples convict nobody and acquit nobody by chance.
 """
 
 from __future__ import annotations
@@ -14,14 +14,12 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-WINDOW = 1024
-"""Over so many requests HAProxy averages its times."""
+BOUNDS = ("10", "25", "50", "100", "250", "500", "1000", "2500", "5000")
+"""Milliseconds within which HAProxy counts answers, as the role haproxy configures it."""
 Z = 1.64
 """Of Wilson's bounds: one in twenty is wrong by chance alone."""
-QUIET = ("health.", "metrics.")
-"""Endpoints of machines, not of users."""
 
-Counters = dict[str, dict[str, float]]
+Counters = dict[str, dict[str, Any]]
 Histogram = dict[str, float]
 
 
@@ -56,91 +54,58 @@ def add(shares: Iterable[Sequence[float]]) -> Share:
 # HAProxy
 
 
-def counters(text: str) -> Counters:
-    """Return server → its counters in the CSV *text* of ``show stat``: requests, errors, and the average time in ms."""
+def counters(stat: str, times: str) -> Counters:
+    """Return server → requests, errors and histogram.
+
+    From the CSV *stat* of ``show stat``, and the table *times* in which HAProxy counts answers by how long they took.
+    """
+    histograms = _histograms(times)
     found: Counters = {}
-    for row in csv.DictReader(io.StringIO(text.removeprefix("# "))):
+    for row in csv.DictReader(io.StringIO(stat.removeprefix("# "))):
         if row.get("type") == "2":
-            number = {key: float(value) if value else 0.0 for key, value in row.items() if key in _NUMBERS}
+            name = f"{row['pxname']}/{row['svname']}"
+            number = {key: int(value) if value else 0 for key, value in row.items() if key in _NUMBERS}
             lost = number.get("econ", 0) + number.get("eresp", 0)
             answers = sum(value for key, value in number.items() if key.startswith("hrsp_"))
-            found[f"{row['pxname']}/{row['svname']}"] = {
+            found[name] = {
                 "requests": answers + lost,
                 "errors": number.get("hrsp_5xx", 0) + lost,
-                "average": number.get("rtime", 0),
-                "averaged": number.get("req_tot", number.get("stot", 0)),
+                "histogram": histograms.get(name, {}),
             }
     return found
 
 
-_NUMBERS = {
-    "econ",
-    "eresp",
-    "rtime",
-    "req_tot",
-    "stot",
-    *(f"hrsp_{name}" for name in ("1xx", "2xx", "3xx", "4xx", "5xx", "other")),
-}
+_NUMBERS = {"econ", "eresp", *(f"hrsp_{name}" for name in ("1xx", "2xx", "3xx", "4xx", "5xx", "other"))}
 
 
-def since(before: Mapping[str, Mapping[str, float]], after: Counters, servers: Iterable[str]) -> dict[str, Any]:
-    """Return what happened on *servers* from *before* to *after*: requests, errors, and their mean time in ms or None.
+def _histograms(times: str) -> dict[str, Histogram]:
+    found: dict[str, Histogram] = {}
+    for line in times.splitlines():
+        key = re.search(r" key=(\S+) ", line)
+        if key:
+            gpc = {int(index): int(value) for index, value in re.findall(r"\bgpc(\d+)=(\d+)", line)}
+            found[key[1]] = {bound: gpc.get(index, 0) for index, bound in enumerate(("+Inf", *BOUNDS))}
+    return found
+
+
+def since(before: Mapping[str, Mapping[str, Any]], after: Counters, servers: Iterable[str]) -> dict[str, Any]:
+    """Return what happened on *servers* from *before* to *after*: requests, errors, histogram.
 
     Counters that fell began anew in between (a reload); what they show is all there is.
     """
-    requests = errors = milliseconds = timed = 0.0
+    parts = []
     for name in servers:
-        now = after.get(name)
+        now, was = after.get(name), before.get(name) or {}
         if now is None:
             continue
-        was = before.get(name) or {}
         if now["requests"] < was.get("requests", 0):
             was = {}
-        count = now["requests"] - was.get("requests", 0)
-        requests += count
-        errors += now["errors"] - was.get("errors", 0)
-        mean = _mean(was, now)
-        if mean is not None:
-            milliseconds += mean * count
-            timed += count
-    return {"requests": requests, "errors": errors, "milliseconds": milliseconds / timed if timed else None}
-
-
-def _mean(was: Mapping[str, float], now: Mapping[str, float]) -> float | None:
-    """Return the least mean time that explains how HAProxy's sliding average moved; None where nothing was averaged.
-
-    The average is over the requests so far, or over the last WINDOW with exponential weights; it comes in whole ms.
-    """
-    count = now["averaged"] - was.get("averaged", 0)
-    if count <= 0:
-        return None
-    if now["averaged"] <= WINDOW:
-        total = (now["average"] - 0.5) * now["averaged"] - (was.get("average", 0) + 0.5) * was.get("averaged", 0)
-        return max(0.0, total / count)
-    kept = math.pow(1 - 1 / WINDOW, count)
-    return max(0.0, ((now["average"] - 0.5) - (was.get("average", 0) + 0.5) * kept) / (1 - kept))
-
-
-# The services' own metrics
-
-
-def samples(text: str, name: str) -> list[tuple[dict[str, str], float]]:
-    """Return (labels, value) of each sample of the metric *name* in the Prometheus *text*."""
-    found = []
-    for line in text.splitlines():
-        match = re.fullmatch(rf"{re.escape(name)}(?:\{{(.*)\}})? (\S+)(?: \d+)?", line)
-        if match:
-            found.append((dict(re.findall(r'(\w+)="([^"]*)"', match[1] or "")), float(match[2])))
-    return found
-
-
-def histogram(text: str) -> Histogram:
-    """Return upper bound in seconds → users' requests that took no longer, from the *text* of the API's metrics."""
-    found: Histogram = {}
-    for labels, value in samples(text, "atlas_http_request_duration_seconds_bucket"):
-        if not labels.get("endpoint", "").startswith(QUIET):
-            found[labels["le"]] = found.get(labels["le"], 0) + value
-    return found
+        old = was.get("histogram") or {}
+        if any(value < old.get(bound, 0) for bound, value in now["histogram"].items()):
+            old = {}
+        counted = {key: now[key] - was.get(key, 0) for key in ("requests", "errors")}
+        parts.append({**counted, "histogram": {bound: n - old.get(bound, 0) for bound, n in now["histogram"].items()}})
+    return combine(parts)
 
 
 def merge(histograms: Iterable[Mapping[str, float]]) -> Histogram:
@@ -152,19 +117,24 @@ def merge(histograms: Iterable[Mapping[str, float]]) -> Histogram:
     return total
 
 
+# The services' own metrics
+
+
 def jobs(text: str) -> dict[str, list[float]]:
     """Return deployment → [failed, ended] attempts at jobs of the last minutes, from the *text* of monitoring's metrics."""
     found: dict[str, list[float]] = {}
-    for labels, value in samples(text, "atlas_queue_deployment_events"):
-        counted = found.setdefault(labels.get("deployment", ""), [0.0, 0.0])
-        if labels.get("event") in ("finished", "failed", "lost", "died"):
-            counted[0] += value * (labels["event"] != "finished")
-            counted[1] += value
+    for line in text.splitlines():
+        match = re.fullmatch(r"atlas_queue_deployment_events\{(.*)\} (\S+)", line)
+        labels = dict(re.findall(r'(\w+)="([^"]*)"', match[1])) if match else {}
+        if match and labels.get("event") in ("finished", "failed", "lost", "died"):
+            counted = found.setdefault(labels.get("deployment", ""), [0.0, 0.0])
+            counted[0] += float(match[2]) * (labels["event"] != "finished")
+            counted[1] += float(match[2])
     return found
 
 
 def slow_limit(old: Mapping[str, float], slack_ms: float) -> str | None:
-    """Return the bound of a bucket beyond which a request counts as slow: twice the old median, at least *slack_ms* more.
+    """Return the bound in ms beyond which a request counts as slow: twice the old median, at least *slack_ms* more.
 
     None where the old release has answered too little to tell.
     """
@@ -173,7 +143,7 @@ def slow_limit(old: Mapping[str, float], slack_ms: float) -> str | None:
         return None
     half = old[bounds[-1]] / 2
     median = next(float(bound) for bound in bounds if old[bound] >= half)
-    limit = max(2 * median, median + slack_ms / 1000)
+    limit = max(2 * median, median + slack_ms)
     return next((bound for bound in bounds if float(bound) >= limit and bound != "+Inf"), None)
 
 
@@ -189,7 +159,7 @@ def slow(hist: Mapping[str, float], limit: str | None) -> Share:
 def judge(new: Mapping[str, Any], old: Mapping[str, Any], limits: Mapping[str, float]) -> dict[str, Any]:
     """Return verdict (pass, fail or inconclusive), reasons and figures for *new* against *old*.
 
-    Both: requests, errors, milliseconds, histogram, jobs ([failed, ended]). *limits*: samples (fewer requests are
+    Both: requests, errors, histogram, jobs ([failed, ended]). *limits*: samples (fewer requests are
     inconclusive), error_percent, slow_percent and job_percent (how much more of them is allowed), slow_ms.
     """
     bound = slow_limit(old["histogram"], limits["slow_ms"])
@@ -216,9 +186,6 @@ def judge(new: Mapping[str, Any], old: Mapping[str, Any], limits: Mapping[str, f
             failed.append(said)
         elif not is_jobs:
             unsure.append(said)
-    times = new["milliseconds"], old["milliseconds"]
-    if None not in times and new["requests"] >= 5 and times[0] > 3 * times[1] + 500:
-        failed.append(f"answers took {times[0]:.0f} ms on average at HAProxy, of the old release {times[1]:.0f} ms")
     short = new["requests"] < limits["samples"]
     if short:
         unsure.append(f"{new['requests']:.0f} of {limits['samples']:.0f} requests needed to tell")
@@ -227,8 +194,7 @@ def judge(new: Mapping[str, Any], old: Mapping[str, Any], limits: Mapping[str, f
         "requests": [new["requests"], old["requests"]],
         "errors": [new["errors"], old["errors"]],
         "slow": [list(pairs["requests were slow"][0]), list(pairs["requests were slow"][1])],
-        "slow_limit_ms": float(bound) * 1000 if bound else None,
-        "milliseconds": [times[0], times[1]],
+        "slow_limit_ms": int(bound) if bound else None,
         "jobs": [list(new["jobs"]), list(old["jobs"])],
     }
     return {"verdict": verdict, "reasons": failed or unsure, "figures": figures}
@@ -239,15 +205,10 @@ def _of(share: Share) -> str:
 
 
 def combine(counts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the sum of *counts*, each with requests, errors and their mean milliseconds or None."""
+    """Return the sum of *counts*, each with requests, errors and a histogram."""
     listed = [each for each in counts if each]
-    timed = [each for each in listed if each.get("milliseconds") is not None and each["requests"]]
-    total = sum(each["requests"] for each in timed)
-    return {
-        "requests": sum(each["requests"] for each in listed),
-        "errors": sum(each["errors"] for each in listed),
-        "milliseconds": sum(each["milliseconds"] * each["requests"] for each in timed) / total if total else None,
-    }
+    total: dict[str, Any] = {key: sum(each[key] for each in listed) for key in ("requests", "errors")}
+    return {**total, "histogram": merge(each["histogram"] for each in listed)}
 
 
 def verdict(
@@ -258,23 +219,17 @@ def verdict(
 ) -> dict[str, Any]:
     """Return the verdict over all hosts.
 
-    *watched*: host → result of deploy_watch. *before*: host → how the old release did before the switch (edge: counts,
-    app: histogram), which counts where nothing of it was seen beside the new one. *numbers*: new and old deployment.
-    A host that failed has said so itself: then the verdict is fail, without a reason.
+    *watched*: host → result of deploy_watch. *before*: edge → how the old release did there before the switch, which counts
+    where nothing of it was seen beside the new one. *numbers*: new and old deployment. A host that failed has said so
+    itself: then the verdict is fail, without a reason.
     """
     bad = {host: result for host, result in watched.items() if result.get("failed") or result.get("unreachable")}
     silent = [host for host, result in bad.items() if result.get("unreachable")]
     edges = [result["edge"] for result in watched.values() if result.get("edge")]
-    apps = [result["app"] for result in watched.values() if result.get("app")]
-    counted: dict[str, list[float]] = next((app["jobs"] for app in apps if app["jobs"]), {})
-    new: dict[str, Any] = combine(edge["new"] for edge in edges)
-    old: dict[str, Any] = combine(edge["old"] for edge in edges)
+    new, old = (combine(edge[side] for edge in edges) for side in ("new", "old"))
     if not old["requests"]:
-        old = combine(each.get("edge") or {} for each in before.values())
-    new["histogram"] = merge(app["new"] for app in apps)
-    old["histogram"] = merge(app["old"] for app in apps)
-    if not old["histogram"].get("+Inf"):
-        old["histogram"] = merge(each.get("app") or {} for each in before.values())
+        old = combine(before.values())
+    counted: dict[str, list[float]] = next((each["jobs"] for each in watched.values() if each.get("jobs")), {})
     for side, number in zip((new, old), numbers, strict=True):
         side["jobs"] = counted.get(str(number), [0, 0])
     found = judge(new, old, limits)

@@ -97,7 +97,7 @@ from ansible.module_utils.atlas_host import (
     units,
 )
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.canary import counters, histogram
+from ansible.module_utils.canary import counters
 
 STATE = Path("/var/lib/atlas-deploy")
 MAP = Path("/etc/haproxy/slot.map")
@@ -173,7 +173,7 @@ def balancer(path: str) -> dict[str, Any]:
             left = calendar.timegm(time.strptime(ends[1], "%b %d %H:%M:%S %Y")) - time.time()
             found["certificate_days"] = int(left // 86400)
         shown = ask(path, "show stat")
-        found["counters"] = counters(shown)
+        found["counters"] = counters(shown, ask(path, "show table st_times"))
         for row in csv.DictReader(io.StringIO(shown.removeprefix("# "))):
             if row.get("type") == "2":
                 found["servers"][f"{row['pxname']}/{row['svname']}"] = row["status"]
@@ -269,7 +269,6 @@ def facts(params: Mapping[str, Any]) -> dict[str, Any]:
         "ready": {"status": ready.status, "release": ready.headers.get("x-atlas-release"), "body": ready.body}
         if ready
         else None,
-        "histogram": histogram(get(API_PORTS[slot], "/metrics").text) if slot else {},
         "journal": host.journal()[-entries:] if entries else [],
         "edge": balancer(params["socket"]),
         "disk": {"opt_mb": free_mb(Path("/opt/atlas")), "var_mb": free_mb(Path("/var/lib/atlas"))},

@@ -84,10 +84,6 @@ seconds:
   description: How long it took until the gate opened.
   type: float
   returned: when services were waited for
-histogram:
-  description: Seconds to how many requests of the deployment that served so far took no longer.
-  type: dict
-  returned: with O(state=started) and O(state=engaged)
 slot:
   description: The slot in service afterwards.
   type: str
@@ -106,8 +102,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from ansible.module_utils import canary
-from ansible.module_utils.atlas_host import API_PORTS, SLOTS, Gate, Host, HostError, get
+from ansible.module_utils.atlas_host import SLOTS, Gate, Host, HostError
 from ansible.module_utils.basic import AnsibleModule
 
 
@@ -147,7 +142,6 @@ class Slot:
         with host.recorded("started" if start else "engaged", "switch", **details):
             transaction = {**details, "slots": before, "in_service": host.in_service(), "started_at": time.time()}
             host.begin(transaction)
-            result["histogram"] = self._histogram(transaction["in_service"])
             host.keep_warm(slot)
             # A warm slot may have begun to stop a moment ago.
             start = start or not host.serves(slot)
@@ -155,13 +149,7 @@ class Slot:
                 host.stop(slot, self.params["stop_timeout"])
                 host.point(slot, number)
             result["seconds"] = self._gate(slot, number, self.params["release"], start)
-            if transaction["in_service"] not in (None, slot):
-                result["histogram"] = self._histogram(transaction["in_service"])
         return result
-
-    def _histogram(self, slot: str | None) -> dict[str, float]:
-        """Return how long the users' requests in *slot* took so far."""
-        return canary.histogram(get(API_PORTS[slot], "/metrics").text) if slot else {}
 
     def finished(self) -> dict[str, Any]:
         """Commit to the slot. Enabling its target is the point of no return; all after it can be repeated."""

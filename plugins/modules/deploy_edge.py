@@ -109,7 +109,7 @@ seconds:
   type: float
   returned: success
 old:
-  description: Requests, errors and mean milliseconds of the old servers since O(since).
+  description: Requests, errors and histogram of the old servers since O(since).
   type: dict
   returned: with O(old_servers)
 """
@@ -155,7 +155,8 @@ class Edge:
     def _old(self) -> dict[str, Any]:
         if not self.params["old_servers"]:
             return {}
-        counters = canary.counters(self.balancer.runtime.ask("show stat"))
+        runtime = self.balancer.runtime
+        counters = canary.counters(runtime.ask("show stat"), runtime.ask("show table st_times"))
         return {"old": canary.since(self.params["since"], counters, self.params["old_servers"])}
 
     def _host(self, server: str) -> str:

@@ -7,8 +7,8 @@ DOCUMENTATION = r"""
 module: deploy_watch
 short_description: Watch a new deployment in traffic
 description:
-  - On an app host (O(slot)) it fails as soon as a service of the slot restarts or is not active, and returns what the services
-    themselves counted.
+  - On an app host (O(slot)) it fails as soon as a service of the slot restarts or is not active, and returns how
+    jobs went.
   - On an edge (O(servers)) it gives the new servers O(weight) percent of the traffic, if that is wanted, and returns HAProxy's
     counters. Where the new servers certainly do worse, this edge takes the traffic back at once (O(back_to) or
     O(drain_on_failure)) and the watch ends there and then.
@@ -38,10 +38,6 @@ options:
     description: The slot to watch on an app host.
     type: str
     choices: [blue, green]
-  old_slot:
-    description: The slot that serves beside it, if one does.
-    type: str
-    choices: [blue, green]
   number:
     description: The deployment in O(slot).
     type: int
@@ -63,7 +59,7 @@ options:
     elements: str
     default: []
   old:
-    description: How the old servers did before (requests, errors, milliseconds), where none serves beside the new ones.
+    description: How the old servers did before (requests, errors, histogram), where none serves beside the new ones.
     type: dict
     default: {}
   since:
@@ -110,11 +106,11 @@ EXAMPLES = r"""
 
 RETURN = r"""
 edge:
-  description: Requests, errors and mean milliseconds of new and old servers, and the counters when the watch began.
+  description: Requests, errors and histogram of new and old servers, and the counters when the watch began.
   type: dict
   returned: on an edge
-app:
-  description: Histograms of new and old slot, and jobs by deployment.
+jobs:
+  description: Deployment to failed and ended attempts at jobs of the last minutes.
   type: dict
   returned: on an app host
 log:
@@ -128,13 +124,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from ansible.module_utils import canary, lease
-from ansible.module_utils.atlas_host import API_PORTS, MONITORING_PORTS, Gate, Host, HostError, get, units
+from ansible.module_utils.atlas_host import MONITORING_PORTS, Gate, Host, HostError, get, units
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.haproxy_runtime import Balancer, RuntimeFailure
 
 POLL_SECONDS = 0.5
 KEY = "active"
-NOTHING: dict[str, Any] = {"histogram": {}, "jobs": [0, 0]}
+JOBS: dict[str, Any] = {"jobs": [0, 0]}
 
 
 class App:
@@ -146,27 +142,18 @@ class App:
         self.gate = Gate(params["slot"], params["number"], params["release"], params["host"])
         self.processes = was.get("processes") or host.processes(params["slot"])
         self.began = float(was.get("began") or time.time())
-        self.old = self._histogram(params["old_slot"])
-
-    def _histogram(self, slot: str | None) -> canary.Histogram:
-        return canary.histogram(get(API_PORTS[slot], "/metrics").text) if slot else {}
 
     def look(self) -> None:
         """Fail if a service restarted or is not active."""
         self.host.look_after(self.gate, self.processes, self.began)
 
-    def report(self) -> dict[str, Any]:
-        """Fail if the gate has become shut; return what the services counted."""
+    def report(self) -> dict[str, list[float]]:
+        """Fail if the gate has become shut; return how jobs went, by deployment."""
         shown = self.host.show(units(self.gate.slot))
         fault = self.gate.fault(shown)
         if fault:
             raise HostError(f"{fault[0]}: {fault[1]}.", self.host.log(fault[0], self.began))
-        after = self._histogram(self.params["old_slot"])
-        return {
-            "new": self._histogram(self.gate.slot),
-            "old": {bound: value - self.old.get(bound, 0) for bound, value in after.items()},
-            "jobs": canary.jobs(get(MONITORING_PORTS[self.gate.slot], "/metrics").text),
-        }
+        return canary.jobs(get(MONITORING_PORTS[self.gate.slot], "/metrics").text)
 
 
 class Edge:
@@ -181,7 +168,8 @@ class Edge:
         self.since = params["since"] or self._counters()
 
     def _counters(self) -> canary.Counters:
-        return canary.counters(self.balancer.runtime.ask("show stat"))
+        runtime = self.balancer.runtime
+        return canary.counters(runtime.ask("show stat"), runtime.ask("show table st_times"))
 
     def _share(self, percent: int) -> None:
         """Give the new servers *percent* of traffic: in memory alone, so that whatever restarts HAProxy ends the trial."""
@@ -203,7 +191,7 @@ class Edge:
             return
         self.looked_at = time.monotonic()
         counts = self.counts()
-        verdict = canary.judge(NOTHING | counts["new"], NOTHING | counts["old"], self.params["limits"])
+        verdict = canary.judge(JOBS | counts["new"], JOBS | counts["old"], self.params["limits"])
         if verdict["verdict"] == "fail":
             self.failed = True
             self._withdraw()
@@ -231,7 +219,7 @@ def watch(params: Mapping[str, Any], app: App | None, edge: Edge | None) -> dict
         result["edge"] = {**edge.counts(), "since": edge.since, "withdrawn": edge.failed}
     if app:
         app.look()
-        result["app"] = app.report()
+        result["jobs"] = app.report()
     return result
 
 
@@ -245,7 +233,6 @@ def main() -> None:
             "percent": {"type": "int", "default": 100},
             "limits": {"type": "dict", "default": {}},
             "slot": {"type": "str", "choices": ["blue", "green"]},
-            "old_slot": {"type": "str", "choices": ["blue", "green"]},
             "number": {"type": "int"},
             "release": {"type": "str"},
             "host": {"type": "str", "default": ""},

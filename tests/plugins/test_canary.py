@@ -9,25 +9,23 @@ import pytest
 from ansible.module_utils import canary
 
 LIMITS = {"samples": 20, "error_percent": 1.0, "slow_percent": 10.0, "slow_ms": 100, "job_percent": 10.0}
-BOUNDS = ("0.01", "0.025", "0.05", "0.1", "0.25", "0.5", "1.0", "+Inf")
 
 
 def histogram(**counts: int) -> dict[str, float]:
-    """Return a histogram from counts per bucket, such as ``b0_05=3``: three requests took 0.025 to 0.05 s."""
+    """Return a histogram from counts per bucket, such as ``within50=3``: three requests took 25 to 50 ms."""
     total, found = 0, {}
-    for bound in BOUNDS:
-        total += counts.get("b" + bound.replace(".", "_").replace("+", ""), 0)
+    for bound in (*canary.BOUNDS, "+Inf"):
+        total += counts.get(f"within{bound}", 0)
         found[bound] = float(total)
     return found
 
 
-QUICK = histogram(b0_025=90, b0_05=10)
+QUICK = histogram(within25=90, within50=10)
 
 
 def seen(requests: int = 100, errors: int = 0, **other: Any) -> dict[str, Any]:
     """Return what was counted of one release."""
-    counts = {"requests": requests, "errors": errors, "milliseconds": 20.0, "histogram": QUICK, "jobs": [0, 50]}
-    return counts | other
+    return {"requests": requests, "errors": errors, "histogram": QUICK, "jobs": [0, 50]} | other
 
 
 OLD = seen(400)
@@ -54,9 +52,12 @@ def test_too_few_samples_are_never_success(count: int) -> None:
         (seen(20, errors=1), "1 of 20 (5.0 %) requests failed, of the old release 0 of 400"),
         (seen(5, errors=2), "2 of 5 (40.0 %) requests failed"),
         (seen(100, errors=100), "100 of 100"),
-        (seen(histogram=histogram(b0_5=100)), "100 of 100 (100.0 %) requests were slow, of the old release 0 of 100"),
-        (seen(histogram=histogram(b0_025=80, b1_0=20)), "20 of 100 (20.0 %) requests were slow"),
-        (seen(milliseconds=2000.0), "answers took 2000 ms on average at HAProxy, of the old release 20 ms"),
+        (
+            seen(histogram=histogram(within500=100)),
+            "100 of 100 (100.0 %) requests were slow, of the old release 0 of 100",
+        ),
+        (seen(histogram=histogram(within25=80, within1000=20)), "20 of 100 (20.0 %) requests were slow"),
+        (seen(20, histogram=histogram(within500=20)), "20 of 20 (100.0 %) requests were slow"),
         (seen(jobs=[9, 10]), "9 of 10 (90.0 %) jobs failed, of the old release 0 of 50"),
     ],
 )
@@ -71,7 +72,7 @@ def test_one_failure_alone_does_not_convict_before_there_are_enough_samples() ->
 
 
 def test_what_the_old_release_does_as_badly_is_no_fault_of_the_new_one() -> None:
-    bad: dict[str, Any] = {"errors": 40, "histogram": histogram(b0_025=50, b1_0=50), "jobs": [30, 60]}
+    bad: dict[str, Any] = {"errors": 40, "histogram": histogram(within25=50, within1000=50), "jobs": [30, 60]}
     assert judge(seen(100, **{**bad, "errors": 11}), seen(400, **bad)) != "fail"
 
 
@@ -104,53 +105,39 @@ def test_equal_releases_seldom_fail_and_a_broken_one_always_does() -> None:
 
 # HAProxy's counters
 
-HEADER = (
-    "# pxname,svname,stot,econ,eresp,status,type,hrsp_1xx,hrsp_2xx,hrsp_3xx,hrsp_4xx,hrsp_5xx,hrsp_other,rtime,req_tot"
-)
+STAT = "# pxname,svname,econ,eresp,type,hrsp_1xx,hrsp_2xx,hrsp_3xx,hrsp_4xx,hrsp_5xx,hrsp_other\nbe_blue,BACKEND,0,0,1,0,9,0,0,0,0"
+TIMES = "# table: st_times, type: string, size:1024, used:1"
 
 
-def stat(*rows: str) -> canary.Counters:
-    return canary.counters("\n".join([HEADER, "be_blue,BACKEND,9,0,0,UP,1,0,9,0,0,0,0,1,9", *rows]))
+def counted(stat: list[str], times: list[str] | None = None) -> canary.Counters:
+    return canary.counters("\n".join([STAT, *stat]), "\n".join([TIMES, *(times or [])]))
 
 
 def test_errors_are_bad_answers_broken_answers_and_failed_connections() -> None:
-    found = stat("be_blue/,app1,16,1,2,UP,2,0,10,0,3,4,0,20,17".replace("be_blue/", "be_blue"))
-    assert found == {"be_blue/app1": {"requests": 20, "errors": 7, "average": 20, "averaged": 17}}
+    times = ["0x5581: key=be_blue/app1 use=0 exp=0 gpc0=17 gpc1=3 gpc2=9 gpc3=16"]
+    found = counted(["be_blue,app1,1,2,2,0,10,0,3,4,0"], times)["be_blue/app1"]
+    assert (found["requests"], found["errors"]) == (20, 7)
+    assert (found["histogram"]["+Inf"], found["histogram"]["10"], found["histogram"]["50"]) == (17, 3, 16)
 
 
 def test_counters_are_read_from_one_moment_to_the_other_also_across_a_reload() -> None:
-    before = stat("be_blue,app1,10,0,0,UP,2,0,10,0,0,0,0,20,10", "be_blue,app2,10,0,0,UP,2,0,10,0,0,0,0,20,10")
-    after = stat("be_blue,app1,14,0,0,UP,2,0,13,0,0,1,0,20,14", "be_blue,app2,3,0,0,UP,2,0,2,0,0,1,0,20,3")
+    row = "0x1: key=be_blue/{} use=0 exp=0 gpc0={} gpc1={}"
+    before = counted(
+        ["be_blue,app1,0,0,2,0,10,0,0,0,0", "be_blue,app2,0,0,2,0,10,0,0,0,0"],
+        [row.format("app1", 10, 4), row.format("app2", 10, 4)],
+    )
+    after = counted(
+        ["be_blue,app1,0,0,2,0,13,0,0,1,0", "be_blue,app2,0,0,2,0,2,0,0,1,0"],
+        [row.format("app1", 14, 7), row.format("app2", 3, 3)],
+    )
     found = canary.since(before, after, ["be_blue/app1", "be_blue/app2", "be_blue/gone"])
     assert (found["requests"], found["errors"]) == (4 + 3, 1 + 1)
-
-
-@pytest.mark.parametrize("earlier", [0, 100, 5000])
-def test_a_slow_release_shows_in_the_sliding_average_whatever_was_averaged_before(earlier: int) -> None:
-    """HAProxy's own arithmetic: the average of all, then a window of 1,024 with exponential weights."""
-
-    def averaged(times: list[float]) -> dict[str, float]:
-        total = 0.0
-        for count, value in enumerate(times, 1):
-            total += value - (total / canary.WINDOW if count > canary.WINDOW else 0)
-        mean = total / min(len(times), canary.WINDOW) if times else 0
-        return {"requests": len(times), "errors": 0, "average": round(mean), "averaged": len(times)}
-
-    fast = [20.0] * earlier
-    for added, low, high in (([20.0] * 60, 0, 25), ([800.0] * 60, 740, 801)):
-        found = canary.since({"x": averaged(fast)}, {"x": averaged(fast + added)}, ["x"])
-        assert low <= found["milliseconds"] <= high
+    assert (found["histogram"]["+Inf"], found["histogram"]["10"]) == (4 + 3, 3 + 3)
 
 
 # The services' metrics
 
-METRICS = """# TYPE atlas_http_request_duration_seconds histogram
-atlas_http_request_duration_seconds_bucket{endpoint="documents.create",le="0.01"} 3.0
-atlas_http_request_duration_seconds_bucket{endpoint="documents.create",le="+Inf"} 5.0
-atlas_http_request_duration_seconds_bucket{endpoint="jobs.show",le="0.01"} 1.0
-atlas_http_request_duration_seconds_bucket{endpoint="jobs.show",le="+Inf"} 1.0
-atlas_http_request_duration_seconds_bucket{endpoint="health.readyz",le="0.01"} 900.0
-atlas_http_request_duration_seconds_bucket{endpoint="health.readyz",le="+Inf"} 900.0
+METRICS = """# TYPE atlas_queue_deployment_events gauge
 atlas_queue_deployment_events{deployment="7",event="finished"} 6.0
 atlas_queue_deployment_events{deployment="7",event="died"} 2.0
 atlas_queue_deployment_events{deployment="7",event="requeued"} 9.0
@@ -158,18 +145,15 @@ atlas_queue_deployment_events{deployment="6",event="finished"} 4.0
 """
 
 
-def test_requests_of_users_alone_are_timed() -> None:
-    assert canary.histogram(METRICS) == {"0.01": 4.0, "+Inf": 6.0}
-
-
 def test_jobs_are_counted_by_deployment() -> None:
     assert canary.jobs(METRICS) == {"7": [2.0, 8.0], "6": [0.0, 4.0]}
 
 
 def test_slow_is_measured_by_what_the_old_release_does() -> None:
-    assert canary.slow_limit(histogram(b0_025=100), 100) == "0.25"
-    assert canary.slow_limit(histogram(b0_5=100), 100) == "1.0"
-    assert canary.slow_limit(histogram(b0_025=5), 100) is None
+    assert canary.slow_limit(histogram(within25=100), 100) == "250"
+    assert canary.slow_limit(histogram(within25=100), 20) == "50"
+    assert canary.slow_limit(histogram(within500=100), 100) == "1000"
+    assert canary.slow_limit(histogram(within25=5), 100) is None
     assert canary.slow_limit({}, 100) is None
 
 
@@ -178,11 +162,11 @@ def test_slow_is_measured_by_what_the_old_release_does() -> None:
 
 def edge(new: tuple[int, int], old: tuple[int, int]) -> dict[str, Any]:
     sides = zip(("new", "old"), (new, old), strict=True)
-    return {"edge": {side: {"requests": n, "errors": bad, "milliseconds": 10.0} for side, (n, bad) in sides}}
+    return {"edge": {side: {"requests": n, "errors": bad, "histogram": QUICK} for side, (n, bad) in sides}}
 
 
 def app(jobs: dict[str, list[int]] | None = None) -> dict[str, Any]:
-    return {"app": {"new": QUICK, "old": QUICK, "jobs": jobs or {}}}
+    return {"jobs": jobs or {}}
 
 
 def verdict(watched: dict[str, Any], before: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -207,8 +191,8 @@ def test_jobs_are_those_of_the_two_deployments() -> None:
 
 
 def test_where_the_old_release_serves_no_more_it_counts_as_it_did_before() -> None:
-    watched = {"edge1": edge((50, 2), (0, 0)), "app1": {"app": {"new": QUICK, "old": {}, "jobs": {}}}}
-    before = {"edge1": {"edge": {"requests": 100, "errors": 20, "milliseconds": 10.0}}, "app1": {"app": QUICK}}
+    watched = {"edge1": edge((50, 2), (0, 0)), "app1": app()}
+    before = {"edge1": {"requests": 100, "errors": 20, "histogram": QUICK}}
     found = verdict(watched, before)
     assert found["figures"]["errors"] == [2, 20] and found["verdict"] == "pass"
 

@@ -6,7 +6,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -187,12 +187,36 @@ def test_the_canary_gets_its_share_in_memory_alone(edge: Edge) -> None:
         seen = watching(edge)
         total = seen["new"]["requests"] + seen["old"]["requests"]
     assert not seen["withdrawn"] and total > 100
+    for side in ("new", "old"):
+        times = seen[side]["histogram"]
+        assert times["+Inf"] == pytest.approx(seen[side]["requests"], abs=3) and times["2500"] > 0.9 * times["+Inf"]
     assert 0.2 < seen["new"]["requests"] / total < 0.3
     assert {status for status, _ in answers} == {200}
     assert edge.balancer.map_value(edge.map, "active") == "be_mixed"
     assert Path(edge.map).read_text() == "active be_blue\n", "what restarts HAProxy ends the trial"
     again = watching(edge, since=seen["since"], seconds=0.0)
     assert again["new"]["requests"] >= seen["new"]["requests"], "the next look goes on counting"
+
+
+class Slow(real.Handler):
+    """Answers everything right, and late."""
+
+    def do_GET(self) -> None:
+        """Take 0.3 s."""
+        time.sleep(0.0 if self.path == "/readyz" else 0.3)
+        super().do_GET()
+
+
+def test_a_slow_release_is_told_by_haproxys_own_clock(edge: Edge) -> None:
+    start_green(edge)
+    for name in GREEN:
+        edge.services[name].RequestHandlerClass = Slow
+    order(edge, "prepared", servers=[*GREEN, *MIXED_NEW, *MIXED_OLD])
+    with traffic(edge):
+        seen = watching(edge, seconds=30.0)
+    assert seen["withdrawn"] and seen["new"]["errors"] == 0
+    assert seen["new"]["histogram"]["250"] == 0 < seen["new"]["histogram"]["500"]
+    assert edge.get() == (200, "blue")
 
 
 @pytest.mark.parametrize("trial", ["a share", "all of it", "one host"])
@@ -205,7 +229,7 @@ def test_an_edge_takes_traffic_back_at_once_from_a_release_that_fails(edge: Edge
         arguments: dict[str, Any] = {}
     else:
         order(edge, "switched", backend="be_green")
-        old = {"requests": 1000, "errors": 0, "milliseconds": 5.0}
+        old = {"requests": 1000, "errors": 0, "histogram": {}}
         arguments = {"servers": GREEN, "old_servers": [], "old": old, "weight": 0}
         if trial == "one host":
             edge.services[GREEN[1]].RequestHandlerClass = real.Handler
@@ -241,27 +265,18 @@ class Silent(Host):
         return {name: {"ActiveState": "active", "MainPID": "7"} for name in names}
 
 
-def answering(metrics: list[str]) -> Callable[..., Answer]:
-    """Return what stands for the services' metrics: one text after the other."""
-    texts = iter(metrics)
-    return lambda port, path: Answer(200, {}, {}, next(texts))
-
-
-def test_an_app_host_tells_what_its_services_counted_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bucket = 'atlas_http_request_duration_seconds_bucket{{endpoint="x",le="+Inf"}} {}'
-    jobs = 'atlas_queue_deployment_events{deployment="5",event="finished"} 3'
-    texts = [bucket.format(10), bucket.format(25), bucket.format(4), jobs]
-    monkeypatch.setattr(deploy_watch, "get", answering(texts))
+def test_an_app_host_tells_how_jobs_went(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics = 'atlas_queue_deployment_events{deployment="5",event="finished"} 3'
+    monkeypatch.setattr(deploy_watch, "get", lambda *_: Answer(200, {}, {}, metrics))
     monkeypatch.setattr(Gate, "fault", lambda *_: None)
-    params = {"slot": "green", "old_slot": "blue", "number": 5, "release": "r", "host": "app1", "seconds": 0.0}
-    host = Silent(tmp_path, tmp_path)
-    result = deploy_watch.watch(params, deploy_watch.App(params, host), None)["app"]
-    assert result == {"new": {"+Inf": 4.0}, "old": {"+Inf": 15.0}, "jobs": {"5": [0.0, 3.0]}}
+    params = {"slot": "green", "number": 5, "release": "r", "host": "app1", "seconds": 0.0}
+    app = deploy_watch.App(params, Silent(tmp_path, tmp_path))
+    assert deploy_watch.watch(params, app, None)["jobs"] == {"5": [0.0, 3.0]}
 
 
 def test_a_service_that_restarts_ends_the_watch_with_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deploy_watch, "get", lambda *_: Answer(0, {}, {}))
-    params = {"slot": "green", "old_slot": None, "number": 5, "release": "r", "host": "app1", "seconds": 30.0}
+    params = {"slot": "green", "number": 5, "release": "r", "host": "app1", "seconds": 30.0}
     host = Silent(tmp_path, tmp_path)
     app = deploy_watch.App(params, host)
     host.restarted = True
