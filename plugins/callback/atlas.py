@@ -30,6 +30,8 @@ requirements:
 
 SILENT = ("set_fact", "assert", "validate_argument_spec")
 SPOKEN = ("debug", "fail", "assert")
+NEEDED = {"stdout", "stderr", "module_stdout", "module_stderr", "exception"}
+"""Of a failure with one of these the message is not all."""
 
 
 def action(result: Any) -> str:
@@ -117,8 +119,16 @@ class CallbackModule(Default):  # type: ignore[misc]
     def v2_runner_on_failed(self, result: Any, ignore_errors: bool = False) -> None:
         """Print messages as they are; where they come from interests nobody who reads them."""
         self._clear()
-        if action(result) in SPOKEN and isinstance(result.result.get("msg"), str) and not result.task.loop:
+        told = result.result
+        plain = isinstance(told.get("msg"), str) and not result.task.loop and self._display.verbosity == 0
+        if plain and action(result) in SPOKEN:
             self._say(result, C.COLOR_ERROR, self.get_option("display_failed_stderr"))
+        elif plain and not NEEDED & told.keys():
+            log = [f"  | {line}" for line in told.get("log") or []]
+            told["msg"] = "\n".join([f"fatal: [{self.host_label(result)}]: FAILED! => {told['msg']}", *log])
+            self._say(result, C.COLOR_ERROR, self.get_option("display_failed_stderr"))
+            if ignore_errors:
+                self._display.display("...ignoring", color=C.COLOR_SKIP)
         else:
             super().v2_runner_on_failed(result, ignore_errors)
 

@@ -290,13 +290,12 @@ class Host:
         return parse_show(done.output)
 
     def log(self, name: str, since: float) -> list[str]:
-        """Return the lines that tell most of what the unit *name* logged since the Unix time *since*.
-
-        Where the unit itself said nothing, systemd's lines about it.
-        """
+        """Return the lines that tell most of what the unit *name* logged since the Unix time *since*, and how it ended."""
         argv = ["journalctl", "--since", f"@{since:.6f}", "--lines", "200", "--no-pager", "--output", "cat"]
-        said = self.run([*argv, f"_SYSTEMD_UNIT={name}"]).output or self.run([*argv, "--unit", name]).output
-        return telling(said.splitlines())
+        said = telling(self.run([*argv, f"_SYSTEMD_UNIT={name}"]).output.splitlines())
+        about = [line[:300] for line in self.run([*argv, f"UNIT={name}"]).output.splitlines()]
+        ends = [line for line in about if re.search(r"exited|killed|OOM|[Ff]ailed", line)]
+        return said + (ends[-2:] if said else about[-8:])
 
     # What changes it
 
