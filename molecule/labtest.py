@@ -37,6 +37,8 @@ class Lab:
     hosts: dict[str, str]
     ssh_key: str
     ca: str | None = None
+    environment: dict[str, str] = field(default_factory=dict)
+    """What playbooks get to see beside what this process sees."""
 
     @classmethod
     def open(cls, name: str) -> Lab:
@@ -63,7 +65,7 @@ class Lab:
         if not hasattr(self, "_facts"):
             listing = subprocess.run(
                 ["ansible-inventory", "-i", str(self.inventory), "--list"],
-                cwd=PROJECT, env=self._environment(), check=True, capture_output=True, text=True,
+                cwd=PROJECT, env=self.for_playbooks(), check=True, capture_output=True, text=True,
             )  # fmt: skip
             self._facts: dict[str, Any] = json.loads(listing.stdout)
         return self._facts
@@ -71,14 +73,27 @@ class Lab:
     def ssh(self, host: str, script: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
         """Run *script* as root on *host*; it travels on standard input, so that no argument list shows it."""
         return subprocess.run(
-            [
-                "ssh", "-i", self.ssh_key, "-o", f"UserKnownHostsFile={self.folder / 'known_hosts'}",
-                "-o", "BatchMode=yes", "-o", "ConnectTimeout=5", "-o", "ControlPath=none",
-                f"deploy@{self.hosts[host]}", "sudo", "-n",
-                "python3" if script.startswith("#python") else "bash", "-",
-            ],
-            input=script, capture_output=True, text=True, timeout=timeout, check=False,
-        )  # fmt: skip
+            self._ssh(host, script), input=script, capture_output=True, text=True, timeout=timeout, check=False
+        )
+
+    def start(self, host: str, script: str) -> subprocess.Popen[str]:
+        """Begin what :meth:`ssh` does, and leave it running; its standard output is a pipe."""
+        process = subprocess.Popen(
+            self._ssh(host, script), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        assert process.stdin is not None
+        process.stdin.write(script)
+        process.stdin.close()
+        process.stdin = None
+        return process
+
+    def _ssh(self, host: str, script: str) -> list[str]:
+        return [
+            "ssh", "-i", self.ssh_key, "-o", f"UserKnownHostsFile={self.folder / 'known_hosts'}",
+            "-o", "BatchMode=yes", "-o", "ConnectTimeout=5", "-o", "ControlPath=none",
+            f"deploy@{self.hosts[host]}", "sudo", "-n",
+            "python3" if script.startswith("#python") else "bash", "-",
+        ]  # fmt: skip
 
     def playbook(self, name: str, *arguments: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
         """Run ``playbooks/NAME.yml`` on the lab; returns the finished process with its output."""
@@ -89,7 +104,7 @@ class Lab:
     def run(self, *argv: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
         """Run a program in the checkout, without what Molecule tells Ansible."""
         return subprocess.run(
-            argv, cwd=PROJECT, env=self._environment(), capture_output=True, text=True, timeout=timeout, check=False
+            argv, cwd=PROJECT, env=self.for_playbooks(), capture_output=True, text=True, timeout=timeout, check=False
         )
 
     def operate(self, *arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
@@ -104,10 +119,10 @@ class Lab:
         """What a client of the lab trusts: its own authority, and no other."""
         return ssl.create_default_context(cafile=self.ca) if self.ca else None
 
-    @staticmethod
-    def _environment() -> dict[str, str]:
+    def for_playbooks(self) -> dict[str, str]:
+        """Return the environment in which a playbook of this project runs, whatever the one of the tests is."""
         own = {key: value for key, value in os.environ.items() if not key.startswith(("ANSIBLE_", "MOLECULE_"))}
-        return {**own, "ANSIBLE_CONFIG": str(PROJECT / "ansible.cfg"), "ANSIBLE_FORCE_COLOR": "0"}
+        return {**own, "ANSIBLE_CONFIG": str(PROJECT / "ansible.cfg"), "ANSIBLE_FORCE_COLOR": "0", **self.environment}
 
     def http(
         self, method: str, path: str, body: Any = None, token: str | None = "", base: str = "", timeout: float = 15

@@ -34,7 +34,12 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--rate", type=float, default=20, help="requests per second (default: 20)")
     parser.add_argument("--seconds", type=float, help="how long; default: until SIGTERM or Ctrl-C")
-    parser.add_argument("--no-slow", action="store_true", help="no slow bodies and no slowly read answers")
+    parser.add_argument(
+        "--slow-seconds",
+        type=float,
+        default=2,
+        help="how long slow bodies and slow readers take; 0: there are none (default: 2)",
+    )
     parser.add_argument("--timeout", type=float, default=30, help="seconds that a request may take (default: 30)")
     parser.add_argument("--run", default=f"load-{uuid.uuid4().hex[:12]}", help="title of the documents")
     parser.add_argument("--outcomes", type=Path, help="write each outcome to this file, and judge nothing")
@@ -46,8 +51,8 @@ async def load(options: argparse.Namespace, file: TextIO | None) -> Verdict | No
     """Send the load; judge it unless the outcomes go to *file*."""
     access = json.loads((options.access or PROJECT / ".lab" / options.lab / "access.json").read_text())
     edges = [Edge.of(url, access.get("ca")) for url in options.edge or [access["url"]]]
-    client = Client(edges, access["token"], options.run, options.timeout)
-    schedule = Schedule(options.rate, len(edges), not options.no_slow)
+    client = Client(edges, access["token"], options.run, options.timeout, options.slow_seconds)
+    schedule = Schedule(options.rate, len(edges), options.slow_seconds > 0)
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)

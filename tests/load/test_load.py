@@ -329,7 +329,7 @@ def test_a_load_that_cannot_begin_says_why(tmp_path: Path, scripted: Callable[..
 def test_the_command(scripted: Callable[..., Scripted], tmp_path: Path, deed: str, status: int) -> None:
     path = access(tmp_path, scripted(once(5, deed)))
     done = subprocess.run(
-        [sys.executable, "-m", "tests.load", "--access", path, "--rate", "50", "--seconds", "0.5", "--no-slow", "--json"],
+        [sys.executable, "-m", "tests.load", "--access", path, "--rate", "50", "--seconds", "0.5", "--slow-seconds", "0", "--json"],
         cwd=PROJECT, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert done.returncode == status, done.stderr

@@ -25,18 +25,18 @@ END_SECONDS = 60.0
 class Traffic:
     """Open-loop load on the lab whose ``access.json`` is *access*, from entering the block to leaving it.
 
-    *rate*: requests per second in all. *edges*: URLs of the edges, where there are several. *slow*: whether some requests
-    have slow bodies and slowly read answers. After the block, *outcomes* has one entry for each of the *planned* requests.
+    *rate*: requests per second in all. *edges*: URLs of the edges, where there are several. *slow_seconds*: how long slow
+    bodies and slowly read answers last; 0 for none of them. After the block, *outcomes* has one entry for each of the *planned* requests.
     """
 
-    def __init__(self, access: Path, rate: float, edges: Sequence[str] = (), slow: bool = True) -> None:
+    def __init__(self, access: Path, rate: float, edges: Sequence[str] = (), slow_seconds: float = 2.0) -> None:
         self.run = f"load-{uuid.uuid4().hex[:12]}"
         self.planned, self.outcomes = 0, list[Outcome]()
         self._folder = tempfile.TemporaryDirectory(prefix="atlas-load-")
         self._file = Path(self._folder.name) / "outcomes.jsonl"
         self._argv = [
             sys.executable, "-m", "tests.load", "--access", str(access), "--rate", str(rate), "--run", self.run,
-            "--outcomes", str(self._file), *(f"--edge={edge}" for edge in edges), *([] if slow else ["--no-slow"]),
+            "--outcomes", str(self._file), f"--slow-seconds={slow_seconds:g}", *(f"--edge={edge}" for edge in edges),
         ]  # fmt: skip
         self._process: subprocess.Popen[str] | None = None
 
