@@ -5,15 +5,16 @@ from __future__ import annotations
 import ctypes
 import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from cryptography.fernet import Fernet
-from sqlalchemy import ColumnElement
+from sqlalchemy import Connection, update
 
 from atlas.crypto import Keyring
 from atlas.db import Database
 from atlas.documents import Documents, Extracted
-from atlas.queue import Job, Queue, Result
+from atlas.queue import Queue, Result
 from atlas.schema import jobs
 from atlas.settings import Settings
 
@@ -21,10 +22,17 @@ LEASE_SECONDS = 1.0
 
 
 class Unfenced(Queue):
-    """The negative control: whoever finishes is believed."""
+    """The negative control: whoever finishes is believed, whatever token it holds."""
 
-    def _held(self, claimed: Iterable[Job]) -> ColumnElement[bool]:
-        return jobs.c.id.in_([job.id for job in claimed])
+    def finish(
+        self, results: Sequence[Result], store: Callable[[Connection, Sequence[Result]], None] | None = None
+    ) -> set[int]:
+        ids = [result.job.id for result in results]
+        forged = update(jobs).where(jobs.c.id.in_(ids)).values(state="running").returning(jobs.c.id, jobs.c.token)
+        with self.database.write() as connection:
+            tokens = dict(connection.execute(forged).all())
+        believed = [replace(result, job=replace(result.job, token=tokens[result.job.id])) for result in results]
+        return super().finish(believed, store)
 
 
 def work_for_ever(url: str, role: str | None, owner: str, build: str) -> None:
