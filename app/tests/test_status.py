@@ -12,7 +12,7 @@ import pytest
 from conftest import open_database, wait_for
 from flask import Flask
 from flask.testing import FlaskClient
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 from pydantic import SecretStr
 from running import TOKEN, Deployment
 from sqlalchemy import insert, select
@@ -351,12 +351,12 @@ def test_a_visit(chromium: Browser, served: tuple[str, Documents], width: int, s
     assert page.get_by_role("alert").inner_text() == "This token is not valid."
     page.get_by_label("Token").fill(TOKEN)
     page.get_by_role("button", name="Sign in").click()
-    assert page.get_by_role("img", name="Jobs in the queue over time").is_visible()
+    expect(page.get_by_role("img", name="Jobs in the queue over time")).to_be_visible()
     check_page(page, width)
 
     page.get_by_label("Search the documents").fill("durable archives")
     page.get_by_role("button", name="Search").click()
-    assert page.locator("mark").all_inner_texts() == ["durable", "archives"]
+    expect(page.locator("mark")).to_have_text(["durable", "archives"])
     assert ATTACK in page.locator(".results h3").inner_text()
     check_page(page, width)
 
@@ -368,9 +368,10 @@ def test_a_visit(chromium: Browser, served: tuple[str, Documents], width: int, s
     check_page(page, width)
 
     page.get_by_role("button", name="Sign out").click()
-    assert page.get_by_label("Token").is_visible() and context.cookies() == []
+    expect(page.get_by_label("Token")).to_be_visible()
+    assert context.cookies() == []
     page.go_back()
-    assert page.get_by_role("button", name="Sign out").count() == 0, "a page is kept after signing out"
+    expect(page.get_by_role("button", name="Sign out"), "no page is kept after signing out").to_have_count(0)
     # The browser says so when it meets the answer to a wrong token.
     assert [text for text in complaints if "403" not in text] == []
     context.close()
