@@ -1,0 +1,48 @@
+"""Filters that show backups to people; what they say is decided in module_utils/backup_core.py."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ansible.module_utils
+
+_UTILITIES = str(Path(__file__).resolve().parent.parent / "module_utils")
+if _UTILITIES not in ansible.module_utils.__path__:
+    ansible.module_utils.__path__.append(_UTILITIES)
+
+from ansible.module_utils import backup_core  # noqa: E402
+
+DOCUMENTATION = """
+name: backup_table
+short_description: The report of the backup host as a table
+description: See C(plugins/module_utils/backup_core.py).
+positional: _input, now
+options:
+  _input:
+    description: The report.
+    type: dict
+    required: true
+  now:
+    description: Seconds since the Unix epoch.
+    type: float
+    required: true
+"""
+
+
+def backup_table(report: Mapping[str, Any], now: float) -> str:
+    """Return the report as a table, and under it what needs a person."""
+    lines = [backup_core.table(report, now), *(f"! {line}" for line in backup_core.problems(report, now))]
+    return "\n".join(lines)
+
+
+class FilterModule:
+    """Names the filters."""
+
+    def filters(self) -> dict[str, Any]:
+        """Return name → filter."""
+        return {
+            "backup_table": backup_table,
+            "backup_problems": lambda report, now: backup_core.problems(report, now),
+        }

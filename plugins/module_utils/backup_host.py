@@ -1,0 +1,508 @@
+"""The backup host: it fetches copies, keeps them, checks them, proves them by restoring, and hands them out.
+
+Every other host is asked over one SSH key that allows nothing but the agent's commands; none of them holds a credential of
+the repository. Files and SQLite copies are in restic, PostgreSQL and its log in Barman; a restic snapshot is the one
+catalogue: its manifest says what belongs to it. All jobs run as one user, one at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ansible.module_utils import backup_core as core
+from ansible.module_utils import release
+from ansible.module_utils.atlas_host import HostError, read_json, run, write_atomically
+from ansible.module_utils.backup_core import BackupError, Point
+from ansible.module_utils.backup_proof import Proof
+from ansible.module_utils.backup_tar import receive, send, tree
+from ansible.module_utils.backup_wal import Wal
+
+CONFIG = Path("/etc/atlas/backup.json")
+SIGNERS = Path("/etc/atlas/allowed_signers")
+TOOL_SECONDS = 6 * 3600
+LOCK_SECONDS = 1800
+JOBS = {"increment": "increment", "daily": "backup", "check": "check", "drill": "drill"}
+"""Job -> the name under which it reports."""
+
+
+class Backups:
+    """The repository in the directory that the configuration names, and the sources that it fetches from."""
+
+    def __init__(self, config: Mapping[str, Any], signers: str = "") -> None:
+        self.config = config
+        self.directory = Path(config["directory"])
+        self.store: str = config["store"]
+        self.sources: dict[str, str] = config["sources"]
+        self.limits: dict[str, float] = config["limits"]
+        self.signers = signers
+        self.wal = Wal(config["database"], self.directory) if self.store == "postgresql" else None
+        self.proof = Proof(self.directory, config["api_port"], signers)
+
+    # Tools
+
+    def restic(self, doing: str, *arguments: str) -> str:
+        """Output of restic; BackupError with the cause if it fails."""
+        environment = {
+            "RESTIC_REPOSITORY": str(self.directory / "restic"),
+            "RESTIC_PASSWORD_FILE": str(Path(os.environ.get("CREDENTIALS_DIRECTORY", "/"), "atlas_restic_password")),
+            "GOMAXPROCS": "1",
+        }
+        done = run(["restic", "--no-cache", *arguments], timeout=TOOL_SECONDS, env=environment)
+        if done.status:
+            raise core.explain(doing, f"{done.output}\n{done.errors}")
+        return done.output
+
+    def _ssh(self, host: str, command: str) -> list[str]:
+        address = {**self.sources, **self.config.get("targets", {})}[host]
+        options = {
+            "IdentityFile": str(self.directory / ".ssh" / "id_ed25519"),
+            "UserKnownHostsFile": str(self.directory / ".ssh" / "known_hosts"),
+            "StrictHostKeyChecking": "yes",
+            "IdentitiesOnly": "yes",
+            "BatchMode": "yes",
+            "ConnectTimeout": "10",
+            "ServerAliveInterval": "15",
+            "LogLevel": "ERROR",
+        }
+        flags = [word for key, value in options.items() for word in ("-o", f"{key}={value}")]
+        return [
+            "ssh",
+            "-F",
+            "none",
+            *flags,
+            "-p",
+            str(self.config["ssh_port"]),
+            f"{self.config['user']}@{address}",
+            command,
+        ]
+
+    def ask(self, host: str, command: str, text: str = "", timeout: float = 300) -> str:
+        """Answer of the agent on *host* to *command*, given *text*."""
+        done = run(self._ssh(host, command), stdin=text.encode(), timeout=timeout)
+        if done.status:
+            raise core.explain(f"{host}, {command.split()[0]}", done.errors)
+        return done.output
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """One job at a time. A lock that a killed restic left is removed: nobody else works on the repository."""
+        with (self.directory / "lock").open("a") as file:
+            deadline = time.monotonic() + LOCK_SECONDS
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except OSError:
+                    if time.monotonic() > deadline:
+                        raise BackupError(f"another backup job has been running for {LOCK_SECONDS} s") from None
+                    time.sleep(0.2)
+            if (self.directory / "restic" / "config").exists() and any((self.directory / "restic" / "locks").iterdir()):
+                self.restic("looking for stale locks", "unlock")
+            yield
+
+    # Keeping
+
+    def init(self) -> bool:
+        """Make the repository, in an empty directory alone: where there was one, its loss has to be noticed."""
+        repository = self.directory / "restic"
+        if (repository / "config").exists():
+            return False
+        if repository.exists() and any(repository.iterdir()):
+            raise BackupError(
+                f"missing repository: {repository} holds files but no config. Restore that file; nothing was changed."
+            )
+        self.restic("making the repository", "init")
+        return True
+
+    def room(self) -> int:
+        """Bytes that may come in; BackupError if there are none."""
+        free = shutil.disk_usage(self.directory).free - (int(self.config["reserve_mb"]) << 20)
+        if free <= 0:
+            raise BackupError(f"full disk: less than {self.config['reserve_mb']} MB are free at {self.directory}")
+        return free
+
+    def fetch(self, source: str) -> dict[str, Any]:
+        """Bring a source's copy to ``staging/SOURCE``; its manifest, or {} before the first deployment."""
+        final = self.directory / "staging" / source
+        partial = final.with_name(f".{source}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(mode=0o700, parents=True)
+        archives = self.directory / "archives"
+        archives.mkdir(mode=0o700, exist_ok=True)
+        have = ",".join(sorted(path.name for path in archives.glob("*.tar.gz")))
+        self._stream(source, f"export {self.store} have={have}", partial)
+        manifest = read_json(partial / "manifest.json")
+        if not manifest.get("deployed"):
+            shutil.rmtree(partial)
+            return {}
+        if self.store == "sqlite" and (partial / "atlas.db").stat().st_size != manifest.get("bytes"):
+            raise BackupError(f"{source}: the copy of the store is not of the size that its manifest says")
+        self._keep_archives(partial, archives)
+        old = final.with_name(f".{source}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if final.exists():
+            final.rename(old)
+        partial.rename(final)
+        shutil.rmtree(old, ignore_errors=True)
+        return manifest
+
+    def _stream(self, source: str, command: str, target: Path) -> None:
+        with tempfile.TemporaryFile() as errors:
+            process = subprocess.Popen(
+                self._ssh(source, command), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors
+            )
+            assert process.stdout is not None  # noqa: S101 - tells the type checker
+            fault: BackupError | None = None
+            try:
+                receive(process.stdout, target, self.room())
+            except BackupError as error:
+                fault = error
+                process.kill()
+            process.stdout.close()
+            status = process.wait(60)
+            errors.seek(0)
+            said = errors.read().decode(errors="replace").strip()
+        if said and (status or fault):
+            raise core.explain(f"{source}, export", said)
+        if fault:
+            raise BackupError(f"{source}, export: {fault}")
+        if status:
+            raise BackupError(f"{source}, export: ended with status {status}")
+
+    def _keep_archives(self, partial: Path, archives: Path) -> None:
+        """Move new archives in, each only with a signature that is allowed here: the drill will execute them."""
+        for path in sorted((partial / "archives").glob("*.tar.gz")):
+            signature = path.with_name(f"{path.name}.sig")
+            try:
+                release.check_signature(path, signature, self.signers)
+            except release.ReleaseError as error:
+                raise BackupError(f"the archive {path.name} is not kept: {error}") from None
+            signature.rename(archives / signature.name)
+            path.rename(archives / path.name)
+        shutil.rmtree(partial / "archives", ignore_errors=True)
+
+    def take(self, kind: str, label: str | None = None, base: bool = False) -> dict[str, Any]:
+        """Make a backup of all sources; {} if nothing is deployed yet. *base*: with a new base backup of PostgreSQL."""
+        if label is not None and any(point.label == core.check_label(label) for point in self.points()):
+            raise BackupError(f"There is a backup with the label {label} already. Choose another one.")
+        self.room()
+        extra: dict[str, Any] = {}
+        if self.wal is not None:
+            first = next(iter(self.sources))
+            before = json.loads(self.ask(first, "contents"))
+            if not before:
+                return {}
+            if base or not self.wal.bases():
+                self.wal.base_backup(at_once=kind != "daily" or not self.wal.bases())
+            extra = self.wal.mark()
+            after = json.loads(self.ask(first, "contents"))
+            extra |= {"schema": after["schema"], "rows": core.bounds(before["rows"], after["rows"])}
+        taken: dict[str, Any] = {}
+        for source in self.sources:
+            manifest = self.fetch(source)
+            if not manifest:
+                continue
+            taken[source] = manifest | extra
+            path = self.directory / "staging" / source / "manifest.json"
+            path.write_text(json.dumps(taken[source], indent=2, sort_keys=True) + "\n")
+            tags = ["--tag", f"kind={kind}", *(["--tag", f"label={label}"] if label else [])]
+            # What a rebuilt environment needs beside it: signed releases, and the keyring in escrow (the vault file).
+            beside = [self.directory / name for name in ("archives", "escrow") if (self.directory / name).exists()]
+            self.restic(f"storing {source}", "backup", "--host", source, *tags, str(path.parent), *map(str, beside))
+        return taken
+
+    def points(self) -> list[Point]:
+        """What can be restored, oldest first."""
+        return core.points(json.loads(self.restic("listing backups", "snapshots", "--json") or "[]"))
+
+    def prune(self, now: float) -> None:
+        """Let go of what retention no longer keeps; refused while anything is dated in the future."""
+        keep = self.config["keep"]
+        times = {point.snapshot[:8]: point.at for point in self.points()}
+        times |= self.wal.bases() if self.wal else {}
+        if ahead := core.from_the_future(times, now):
+            raise BackupError(
+                f"dated in the future: {', '.join(ahead)}. Nothing is removed until the clock or those are mended."
+            )
+        policies = {
+            "increment": ["--keep-within", f"{keep['increment_hours']}h"],
+            "daily": ["--keep-daily", str(keep["daily"]), "--keep-weekly", str(keep["weekly"])],
+            "labelled": ["--keep-within", f"{keep['labelled_days']}d"],
+        }
+        for kind, policy in policies.items():
+            self.restic("retention", "forget", "--quiet", "--group-by", "host", "--tag", f"kind={kind}", *policy)
+        self.restic("retention", "prune", "--quiet")
+        if self.wal is not None:
+            for name in core.expired(self.wal.bases(), keep["daily"], keep["weekly"]):
+                self.wal.delete(name)
+        self._prune_archives(now - keep["labelled_days"] * core.DAY)
+
+    def _prune_archives(self, before: float) -> None:
+        manifests = (read_json(path) for path in (self.directory / "staging").glob("*/manifest.json"))
+        used = {name for manifest in manifests for name in manifest.get("archives", [])}
+        for path in (self.directory / "archives").glob("*.tar.gz"):
+            if path.name not in used and path.stat().st_ctime < before:
+                path.with_name(f"{path.name}.sig").unlink(missing_ok=True)
+                path.unlink()
+
+    # Jobs
+
+    def increment(self) -> dict[str, Any]:
+        """SQLite: a copy now. PostgreSQL: see that its log arrives, and put it in order."""
+        if self.wal is None:
+            taken = self.take("increment")
+            return {"rows": _rows(taken)} if taken else {}
+        return self.wal.tend()
+
+    def daily(self) -> dict[str, Any]:
+        """A whole backup, then retention, then a check of the repository's structure."""
+        taken = self.take("daily", base=True)
+        if not taken:
+            return {}
+        self.prune(time.time())
+        self.restic("checking the repository", "check", "--quiet")
+        return {"rows": _rows(taken)}
+
+    def check(self) -> dict[str, Any]:
+        """Read every byte of the repository."""
+        if not self.points():
+            return {}
+        # Structure first: restic asks for a file that is gone for a minute before it gives up.
+        self.restic("checking the repository", "check", "--quiet")
+        self.restic("reading the repository", "check", "--read-data", "--quiet")
+        if self.wal is not None:
+            for name in self.wal.bases():
+                self.wal.verify(name)
+        return {"backups": len(self.points())}
+
+    def drill(self) -> dict[str, Any]:
+        """Restore the newest backup to a scratch place and start its release on it; figures of RPO and RTO."""
+        if not self.points():
+            return {}
+        rpo = None
+        if self.wal is not None:
+            began = time.time()
+            taken = self.take("increment")
+            marked = next(iter(taken.values()))["marked_at"] if taken else began
+            rpo = next(iter(taken.values()))["arrived_at"] - marked if taken else None
+        ticket = "drill"
+        began = time.time()
+        try:
+            found = self.prepare(ticket, None, None)
+        finally:
+            self.discard(ticket)
+        rto = time.time() - began
+        rpo = began - found["point_at"] if rpo is None else rpo
+        figures = {key: found[key] for key in ("rows", "sensitive", "searched", "release", "restored_to")}
+        return {"rpo_seconds": round(rpo, 2), "rto_seconds": round(rto, 2), **figures}
+
+    # Restoring
+
+    def prepare(self, ticket: str, label: str | None, at: float | None, newest: bool = False) -> dict[str, Any]:
+        """Materialise a point in ``scratch/TICKET``, and let its own release judge it; BackupError if it may not live.
+
+        *newest* takes all that has arrived (PostgreSQL: beyond the last point, to the end of the log).
+        """
+        known = [point for point in self.points() if point.source == next(iter(self.sources))]
+        point = core.choose(known, label, at)
+        scratch = self.directory / "scratch" / ticket
+        self.discard(ticket)
+        scratch.mkdir(mode=0o700, parents=True)
+        self._lay_out(point, scratch)
+        manifest = read_json(scratch / "source" / "manifest.json")
+        if self.wal is not None:
+            exact = label is not None or (at is None and not newest)
+            target = {"name": manifest["restore_point"]} if exact else {"time": at} if at is not None else {}
+            base = core.choose_base(self.wal.bases(), manifest["marked_at"] if exact else at)
+            self.wal.recover(base, scratch / "pgdata", target)
+            restored_to = target.get("name") or (core.rfc3339(at) if at else "the end of the log")
+        else:
+            exact, restored_to = True, point.label or core.rfc3339(manifest["taken_at"])
+        found = self.proof.judge(scratch, manifest, self.store, compare=exact)
+        return {
+            **found,
+            "ticket": ticket,
+            "restored_to": restored_to,
+            "point_at": manifest.get("marked_at") or manifest["taken_at"],
+            "label": point.label,
+        }
+
+    def _lay_out(self, point: Point, scratch: Path) -> None:
+        """Take the files of *point* out of the repository: source, archives and escrow under *scratch*."""
+        self.restic("restoring", "restore", point.snapshot, "--target", str(scratch / "files"))
+        # restic keeps the path that a file had.
+        top = scratch / "files" / self.directory.relative_to("/")
+        for name, place in (("staging/" + point.source, "source"), ("archives", "archives"), ("escrow", "escrow")):
+            if (top / name).exists():
+                (top / name).rename(scratch / place)
+        shutil.rmtree(scratch / "files")
+
+    def deliver(self, ticket: str, host: str) -> int:
+        """Send a prepared restore to *host*, whose door must be open."""
+        scratch = self.directory / "scratch" / ticket
+        files = (
+            list(tree(scratch / "pgdata", "pgdata")) if self.wal else [("atlas.db", scratch / "source" / "atlas.db")]
+        )
+        journal = scratch / "source" / "journal.jsonl"
+        if journal.exists():
+            files.append(("journal.jsonl", journal))
+        with tempfile.TemporaryFile() as errors:
+            process = subprocess.Popen(
+                self._ssh(host, f"import {ticket}"), stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=errors
+            )
+            assert process.stdin is not None  # noqa: S101 - tells the type checker
+            with contextlib.suppress(BrokenPipeError):
+                send(process.stdin, files)
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
+            status = process.wait(TOOL_SECONDS)
+            errors.seek(0)
+            if status:
+                raise core.explain(f"delivering to {host}", errors.read().decode(errors="replace"))
+        return len(files)
+
+    def discard(self, ticket: str) -> None:
+        """Remove what was prepared under *ticket*."""
+        self.proof.stop_leftovers(self.directory / "scratch" / ticket)
+        shutil.rmtree(self.directory / "scratch" / ticket, ignore_errors=True)
+
+    def release(self, ticket: str) -> Path:
+        """The archive, taken out of the repository, of the release that the newest backup was made with."""
+        point = core.choose(self.points(), None, None)
+        scratch = self.directory / "scratch" / ticket
+        self.discard(ticket)
+        scratch.mkdir(mode=0o700, parents=True)
+        self._lay_out(point, scratch)
+        deployed = read_json(scratch / "source" / "manifest.json")["deployed"]
+        return scratch / "archives" / f"{deployed['release']}.tar.gz"
+
+    # Reporting
+
+    def note(self, job: str, outcome: Mapping[str, Any] | None, seconds: float) -> None:
+        """Write the *outcome* of *job* to report and journal, and tell every source. A full disk keeps nobody from hearing."""
+        path = self.directory / "status.json"
+        report = read_json(path) or core.new_report(self.limits, time.time())
+        if outcome is not None and job in self.limits:
+            shown = {key: value for key, value in outcome.items() if not isinstance(value, (dict, list))}
+            report = core.noted(report, self.limits, job, {**shown, "seconds": round(seconds, 2)}, time.time())
+        text = json.dumps(report, sort_keys=True) + "\n"
+        with contextlib.suppress(OSError):
+            write_atomically(path, text, 0o600)
+        if outcome is not None and (job != "increment" or not outcome.get("ok")):
+            self.journal(job, seconds=round(seconds, 2), **outcome)
+        for source in self.sources:
+            try:
+                self.ask(source, "status", text, timeout=60)
+            except (BackupError, HostError) as error:
+                print(f"{source} was not told: {error}", file=sys.stderr)
+
+    def journal(self, event: str, **details: Any) -> None:
+        """Append to the repository's own journal."""
+        line = json.dumps({"at": core.rfc3339(time.time()), "event": event, **details}, sort_keys=True) + "\n"
+        with contextlib.suppress(OSError):
+            handle = os.open(self.directory / "journal.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            try:
+                os.write(handle, line.encode())
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+
+    def job(self, job: str, work: Any) -> dict[str, Any]:
+        """Run *work* under the lock and report it as *job*; raises BackupError after the report."""
+        began = time.monotonic()
+        try:
+            with self.lock():
+                result: dict[str, Any] = work()
+        except (BackupError, HostError, OSError, release.ReleaseError) as error:
+            failure = error if isinstance(error, BackupError) else core.explain(job, str(error))
+            self.note(job, {"ok": False, "message": str(failure)}, time.monotonic() - began)
+            raise failure from None
+        self.note(job, {"ok": True, **result} if result else None, time.monotonic() - began)
+        return result
+
+
+def _rows(taken: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    return dict(next(iter(taken.values())).get("rows") or {}) if taken else {}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one command of ``atlas-backup``; JSON on standard output, one line on standard error if it fails."""
+    parser = argparse.ArgumentParser(prog="atlas-backup", description="Backups of an Atlas environment.")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    for name, text in (
+        ("init", "make the repository where there is none"),
+        ("increment", "SQLite: a copy now; PostgreSQL: see that its log arrives"),
+        ("daily", "a whole backup, retention, check"),
+        ("check", "read every byte of the repository"),
+        ("drill", "restore the newest backup to a scratch place and start its release on it"),
+        ("points", "list what can be restored"),
+        ("report", "what was done and when"),
+        ("restart-log", "PostgreSQL: take up its log anew, after a restore"),
+    ):
+        verbs.add_parser(name, help=text)
+    take = verbs.add_parser("take", help="a backup now")
+    take.add_argument("--label")
+    take.add_argument("--base", action="store_true")
+    prepare = verbs.add_parser("prepare", help="materialise a point and verify it")
+    prepare.add_argument("ticket")
+    prepare.add_argument("--label")
+    prepare.add_argument("--at")
+    for name in ("deliver", "discard", "release"):
+        verb = verbs.add_parser(name)
+        verb.add_argument("ticket")
+        if name == "deliver":
+            verb.add_argument("host")
+    options = parser.parse_args(arguments)
+    backups = Backups(read_json(CONFIG), SIGNERS.read_text() if SIGNERS.exists() else "")
+    try:
+        print(json.dumps(_perform(backups, options), sort_keys=True, default=str))
+    except (BackupError, HostError, OSError, release.ReleaseError) as error:
+        print(f"atlas-backup: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _perform(backups: Backups, options: argparse.Namespace) -> Any:
+    verb = options.verb
+    if verb in JOBS:
+        return backups.job(JOBS[verb], getattr(backups, verb))
+    if verb == "take":
+        kind = "labelled"
+        if options.label:
+            core.check_label(options.label)
+        # A restore point alone is no backup: it leans on the last one.
+        is_whole = options.base or backups.wal is None
+        return backups.job(
+            "backup" if is_whole else "labelled", lambda: backups.take(kind, options.label, options.base)
+        )
+    if verb == "points":
+        return [{**point._asdict(), "time": core.rfc3339(point.at)} for point in backups.points()]
+    if verb == "report":
+        return read_json(backups.directory / "status.json")
+    with backups.lock():
+        if verb == "init":
+            return {"changed": backups.init()}
+        if verb == "prepare":
+            at = core.parse_time(options.at) if options.at else None
+            return backups.prepare(options.ticket, options.label, at, newest=not options.label and at is None)
+        if verb == "deliver":
+            return {"files": backups.deliver(options.ticket, options.host)}
+        if verb == "release":
+            return {"path": str(backups.release(options.ticket))}
+        if verb == "discard":
+            backups.discard(options.ticket)
+        if verb == "restart-log" and backups.wal is not None:
+            backups.wal.restart()
+    return {}

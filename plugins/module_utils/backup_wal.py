@@ -1,0 +1,176 @@
+"""PostgreSQL's part of backups: Barman pulls base backups and the write-ahead log over a replication connection.
+
+The database host holds nothing of the repository. A restore point is a record in the log with a name; it counts once the
+segment that holds it has arrived and is closed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ansible.module_utils import backup_core as core
+from ansible.module_utils.atlas_host import HostError, run
+from ansible.module_utils.backup_core import BackupError
+
+BARMAN_CONFIG = "/etc/atlas/barman.conf"
+SERVER = "atlas"
+ARRIVAL_SECONDS = 60.0
+TOOL_SECONDS = 6 * 3600
+LAG_SECONDS = 60.0
+
+
+class Wal:
+    """The database of the environment, and its backups under ``DIRECTORY/barman``. *database*: address, port, version."""
+
+    def __init__(self, database: Mapping[str, Any], directory: Path) -> None:
+        self.database, self.home = database, directory / "barman" / SERVER
+
+    def _environment(self) -> dict[str, str]:
+        # A service file, because libpq refuses a password file that systemd made readable by an access list.
+        return {"PGSERVICEFILE": str(Path(os.environ.get("CREDENTIALS_DIRECTORY", "/"), "atlas_pg_service"))}
+
+    def barman(self, doing: str, *arguments: str) -> str:
+        """Output of barman; BackupError with the cause if it fails."""
+        done = run(["barman", "-c", BARMAN_CONFIG, *arguments], timeout=TOOL_SECONDS, env=self._environment())
+        if done.status:
+            raise core.explain(doing, "\n".join(_telling(f"{done.output}\n{done.errors}")))
+        return done.output
+
+    def sql(self, statement: str) -> list[str]:
+        """The fields of the first row of *statement*, asked of the database itself; [] without a row."""
+        argv = ["psql", "service=atlas dbname=postgres", "-XAtq", "-F", "\t", "-v", "ON_ERROR_STOP=1", "-c", statement]
+        done = run(argv, timeout=60, env=self._environment())
+        if done.status:
+            raise core.explain("asking the database", done.errors)
+        return done.output.splitlines()[0].split("\t") if done.output.strip() else []
+
+    def bases(self) -> dict[str, float]:
+        """Base backups that are whole: id -> when each ended."""
+        answer = json.loads(self.barman("listing base backups", "-f", "json", "list-backup", SERVER) or "{}")
+        listed = answer.get(SERVER) or []
+        return {
+            item["backup_id"]: float(item["end_time_timestamp"])
+            for item in listed
+            if item.get("status") == "DONE" and item.get("end_time_timestamp")
+        }
+
+    def base_backup(self, at_once: bool) -> None:
+        """Make a base backup, which needs a log that flows: so see to that first.
+
+        at_once: with a checkpoint now, which costs the database some writing, and not spread over minutes.
+        """
+        self.mark()
+        self.barman(
+            "making a base backup",
+            "backup",
+            "--immediate-checkpoint" if at_once else "--no-immediate-checkpoint",
+            SERVER,
+        )
+
+    def delete(self, name: str) -> None:
+        """Remove a base backup and the log that no other one needs."""
+        self.barman("retention", "delete", SERVER, name)
+
+    def verify(self, name: str) -> None:
+        """Compare every file of a base backup with the manifest that PostgreSQL made of it."""
+        self.barman(f"verifying base backup {name}", "verify-backup", SERVER, name)
+
+    def mark(self) -> dict[str, Any]:
+        """Write a restore point and wait until it is safe in the repository: name, when it was and when it had arrived."""
+        name = time.strftime("atlas-%Y%m%dT%H%M%S", time.gmtime()) + f"-{time.time_ns() // 1_000_000 % 1000:03d}"
+        statement = "SELECT extract(epoch FROM clock_timestamp()), lsn, pg_walfile_name(lsn)"
+        at, lsn, segment = self.sql(f"{statement} FROM pg_create_restore_point('{name}') AS lsn")
+        self.sql("SELECT pg_switch_wal()")
+        deadline = time.monotonic() + ARRIVAL_SECONDS
+        while not self._has(segment):
+            if time.monotonic() > deadline:
+                raise BackupError(
+                    f"the log of the database does not arrive: segment {segment} is missing after {ARRIVAL_SECONDS:.0f} s. "
+                    "See: systemctl status atlas-backup-log"
+                )
+            time.sleep(0.1)
+        arrived = time.time()
+        # Barman leaves the newest segment alone until the next one has begun.
+        while not (self.home / "wals" / segment[:16] / segment).exists():
+            self.barman("putting the log in order", "archive-wal", SERVER)
+            if time.monotonic() > deadline:
+                raise BackupError(f"Barman does not archive segment {segment}. See: barman check {SERVER}")
+            time.sleep(0.2)
+        return {"restore_point": name, "lsn": lsn, "marked_at": float(at), "arrived_at": arrived}
+
+    def _has(self, segment: str) -> bool:
+        return (self.home / "streaming" / segment).exists() or (self.home / "wals" / segment[:16] / segment).exists()
+
+    def tend(self) -> dict[str, Any]:
+        """Put what has arrived in order, and tell how far behind the repository is."""
+        try:
+            row = self.sql(
+                "SELECT extract(epoch FROM clock_timestamp() - reply_time), pg_wal_lsn_diff(pg_current_wal_lsn(), write_lsn)"
+                " FROM pg_stat_replication WHERE application_name = 'barman_receive_wal'"
+            )
+        except BackupError as error:
+            raise BackupError(f"the log of the database is not received: {error}") from None
+        if not row:
+            raise BackupError("the log of the database is not received. See: systemctl status atlas-backup-log")
+        self.barman("putting the log in order", "archive-wal", SERVER)
+        age, behind = float(row[0] or 0), int(float(row[1] or 0))
+        if behind > 0 and age > LAG_SECONDS:
+            raise BackupError(f"the log of the database is {behind} bytes and {age:.0f} s behind")
+        return {"rpo_seconds": round(age, 2), "behind_bytes": behind}
+
+    def recover(self, base: str, target: Path, to: Mapping[str, Any]) -> None:
+        """Lay out the cluster of a base backup in *target*, to be brought to a restore point (name), a time, or the end."""
+        self.barman("putting the log in order", "archive-wal", SERVER)
+        options = ["--target-action", "promote"] if to else []
+        if "name" in to:
+            options += ["--target-name", str(to["name"])]
+        elif "time" in to:
+            options += ["--target-time", time.strftime("%Y-%m-%d %H:%M:%S+00:00", time.gmtime(float(to["time"])))]
+        self.barman("restoring", "recover", *options, SERVER, base, str(target))
+        log = target / "barman_wal"
+        log.mkdir(exist_ok=True)
+        for path in (self.home / "streaming").glob("*.partial"):
+            # The segment that is being received: PostgreSQL stops reading where it ends.
+            whole = log / path.name.removesuffix(".partial")
+            if not whole.exists():
+                shutil.copyfile(path, whole)
+        if not to:
+            _recover_to_the_end(target)
+
+    def restart(self) -> None:
+        """Take up the log of a database that was restored: what was half received belongs to another past."""
+        for path in (self.home / "streaming").glob("*.partial"):
+            path.unlink()
+        deadline = time.monotonic() + ARRIVAL_SECONDS
+        while True:
+            try:
+                self.barman("taking up the log", "receive-wal", "--reset", SERVER)
+                return
+            except (BackupError, HostError):
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(1)
+
+
+def _recover_to_the_end(target: Path) -> None:
+    """Without a target Barman leaves recovery to PostgreSQL's crash recovery; say that all of the log is wanted."""
+    settings = target / "postgresql.auto.conf"
+    text = settings.read_text() if settings.exists() else ""
+    if "restore_command" not in text:
+        text += "restore_command = 'cp barman_wal/%f %p'\n"
+    settings.write_text(text)
+    (target / "recovery.signal").touch()
+
+
+def _telling(output: str) -> list[str]:
+    """The lines that say what is wrong: Barman also prints progress."""
+    lines = [line for line in output.splitlines() if line.strip()]
+    telling = [line for line in lines if re.search(r"ERROR|FAILED|FATAL|EXCEPTION|password|refused|space left", line)]
+    return telling or lines

@@ -1,0 +1,112 @@
+"""The backup host's jobs, with restic replaced by a record of what it was asked."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ansible.module_utils import backup_core as core
+from ansible.module_utils.backup_core import BackupError
+from ansible.module_utils.backup_host import Backups
+
+LIMITS = {"backup": 100, "increment": 100, "check": 100, "drill": 100}
+
+
+class Recorded(Backups):
+    """A backup host whose restic fails at the words in *broken*."""
+
+    def __init__(self, directory: Path, snapshots: list[dict[str, Any]] | None = None, broken: str = "nothing") -> None:
+        super().__init__(
+            {
+                "directory": str(directory),
+                "store": "sqlite",
+                "sources": {"app1": "192.0.2.31"},
+                "limits": LIMITS,
+                "database": {},
+                "api_port": 1,
+                "reserve_mb": 1,
+                "keep": {"daily": 7, "weekly": 4, "increment_hours": 48, "labelled_days": 35},
+            }
+        )
+        self.asked: list[str] = []
+        self.told: list[dict[str, Any]] = []
+        self.snapshots, self.broken = snapshots or [], broken
+
+    def restic(self, doing: str, *arguments: str) -> str:
+        self.asked.append(arguments[0])
+        if arguments[0] == self.broken:
+            raise core.explain(doing, "Fatal: no space left on device")
+        return json.dumps(self.snapshots) if arguments[0] == "snapshots" else ""
+
+    def fetch(self, source: str) -> dict[str, Any]:
+        (self.directory / "staging" / source).mkdir(parents=True, exist_ok=True)
+        return {"deployed": {"release": "r"}, "rows": {"documents": 2}, "taken_at": 1.0}
+
+    def ask(self, host: str, command: str, text: str = "", timeout: float = 300) -> str:
+        assert command == "status"
+        self.told.append(json.loads(text))
+        return ""
+
+
+def snapshot(at: float, **tags: str) -> dict[str, Any]:
+    return {
+        "id": "a" * 64,
+        "time": core.rfc3339(at),
+        "hostname": "app1",
+        "tags": [f"{key}={value}" for key, value in tags.items()],
+    }
+
+
+def test_a_day_is_backed_up_then_pruned_then_checked(tmp_path: Path) -> None:
+    backups = Recorded(tmp_path)
+    assert backups.job("backup", backups.daily) == {"rows": {"documents": 2}}
+    wanted = [word for word in backups.asked if word != "snapshots"]
+    assert wanted == ["backup", "forget", "forget", "forget", "prune", "check"]
+    assert backups.told[-1]["jobs"]["backup"]["ok"] is True
+
+
+@pytest.mark.parametrize("broken", ["backup", "snapshots"])
+def test_nothing_is_removed_after_a_backup_that_failed(tmp_path: Path, broken: str) -> None:
+    backups = Recorded(tmp_path, broken=broken)
+    with pytest.raises(BackupError, match="full disk"):
+        backups.job("backup", backups.daily)
+    assert not {"forget", "prune"} & set(backups.asked)
+    told = backups.told[-1]["jobs"]["backup"]
+    assert told["ok"] is False and "full disk" in told["message"]
+    assert json.loads((tmp_path / "journal.jsonl").read_text())["event"] == "backup"
+
+
+def test_nothing_is_removed_while_a_snapshot_is_dated_in_the_future(tmp_path: Path) -> None:
+    backups = Recorded(tmp_path, [snapshot(time.time() + 3600, kind="daily")])
+    with pytest.raises(BackupError, match="dated in the future: aaaaaaaa"):
+        backups.job("backup", backups.daily)
+    assert not {"forget", "prune"} & set(backups.asked)
+
+
+def test_a_label_is_used_once(tmp_path: Path) -> None:
+    backups = Recorded(tmp_path, [snapshot(1.0, kind="labelled", label="kept")])
+    with pytest.raises(BackupError, match="label kept already"):
+        backups.take("labelled", "kept")
+    assert "backup" not in backups.asked
+
+
+def test_a_repository_is_never_made_over_what_is_left_of_one(tmp_path: Path) -> None:
+    backups = Recorded(tmp_path)
+    assert backups.init() is True
+    (tmp_path / "restic" / "data").mkdir(parents=True)
+    with pytest.raises(BackupError, match="missing repository"):
+        backups.init()
+    (tmp_path / "restic" / "config").touch()
+    assert backups.init() is False
+    assert backups.asked == ["init"]
+
+
+def test_before_the_first_deployment_no_job_counts(tmp_path: Path) -> None:
+    backups = Recorded(tmp_path)
+    backups.fetch = lambda source: {}  # type: ignore[method-assign]
+    assert backups.job("increment", backups.increment) == {}
+    assert backups.asked == []
+    assert "ok" not in backups.told[-1]["jobs"]["increment"]

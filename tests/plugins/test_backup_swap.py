@@ -1,0 +1,193 @@
+"""A restored store takes the place of the one in use, and the way back works from wherever it stopped."""
+
+from __future__ import annotations
+
+import getpass
+import json
+from pathlib import Path
+
+import pytest
+from ansible.module_utils import backup_agent, backup_swap
+from ansible.module_utils.atlas_host import Done, Host, HostError
+from ansible.module_utils.backup_core import BackupError
+from ansible.module_utils.backup_swap import Swap
+from ansible.module_utils.backup_tar import receive
+
+
+@pytest.fixture
+def swap(tmp_path: Path) -> Swap:
+    store = backup_swap.sqlite(tmp_path / "lib", getpass.getuser())
+    store.directory.mkdir()
+    (store.directory / "atlas.db").write_text("old")
+    (store.directory / "atlas.db-wal").write_text("old wal")
+    return Swap(store, tmp_path / "state")
+
+
+def deliver(swap: Swap, ticket: str) -> None:
+    swap.open_door(ticket)
+    swap.store.incoming.mkdir()
+    (swap.store.incoming / "atlas.db").write_text("new")
+
+
+def content(swap: Swap) -> dict[str, str]:
+    return {path.name: path.read_text() for path in swap.store.directory.iterdir() if path.is_file()}
+
+
+def test_the_store_is_exchanged_and_what_was_there_is_kept(swap: Swap) -> None:
+    deliver(swap, "t1")
+    swap.replace("t1")
+    assert content(swap) == {"atlas.db": "new"}
+    swap.finish()
+    assert swap.close_door() is True
+    assert (swap.store.safety("t1") / "atlas.db-wal").read_text() == "old wal"
+    assert swap.unfinished() is None and not swap.store.incoming.exists()
+    deliver(swap, "t2")
+    swap.replace("t2")
+    swap.finish()
+    assert [path.name for path in swap.store.directory.glob("before-*")] == ["before-t2"]
+
+
+def test_undo_returns_everything(swap: Swap) -> None:
+    deliver(swap, "t1")
+    swap.replace("t1")
+    (swap.store.directory / "atlas.db-shm").write_text("of the new one")
+    assert swap.undo() is True
+    assert content(swap) == {"atlas.db": "old", "atlas.db-wal": "old wal"}
+    assert not swap.store.safety("t1").exists()
+    assert swap.undo() is False
+
+
+@pytest.mark.parametrize("moved", [0, 1, 2])
+def test_undo_after_a_kill_between_two_renames(swap: Swap, moved: int) -> None:
+    deliver(swap, "t1")
+    had = ["atlas.db", "atlas.db-wal"]
+    (swap.state / "swap.json").write_text(json.dumps({"ticket": "t1", "had": had}))
+    swap.store.safety("t1").mkdir()
+    for name in had[:moved]:
+        (swap.store.directory / name).rename(swap.store.safety("t1") / name)
+    assert swap.undo() is True
+    assert content(swap) == {"atlas.db": "old", "atlas.db-wal": "old wal"}
+
+
+def test_undo_on_a_host_that_had_no_store(swap: Swap) -> None:
+    for path in swap.store.directory.iterdir():
+        path.unlink()
+    deliver(swap, "t1")
+    swap.replace("t1")
+    assert content(swap) == {"atlas.db": "new"}
+    swap.undo()
+    assert content(swap) == {}
+
+
+def test_nothing_is_moved_for_a_delivery_that_did_not_come(swap: Swap) -> None:
+    swap.open_door("t1")
+    with pytest.raises(HostError, match=r"atlas\.db is missing"):
+        swap.replace("t1")
+    assert content(swap) == {"atlas.db": "old", "atlas.db-wal": "old wal"}
+
+
+# The agent
+
+
+@pytest.fixture
+def agent(tmp_path: Path) -> backup_agent.Agent:
+    root, state = tmp_path / "opt", tmp_path / "deploy"
+    for path in (root / "slots", root / "deployments", root / "archives", state, tmp_path / "boot", tmp_path / "lib"):
+        path.mkdir(parents=True)
+
+    def answers(argv: list[str], **_: object) -> Done:
+        if argv[1:3] == ["db", "snapshot"]:
+            Path(argv[3]).write_text("copy")
+            return Done(0, json.dumps({"schema": "1", "rows": {"documents": 2}, "bytes": 4}), "")
+        return Done(1, "", "Error: the database does not answer\n")
+
+    host = Host(root, state, tmp_path / "boot", answers)
+    door = tmp_path / "door.json"
+    return backup_agent.Agent(host, tmp_path / "lib", tmp_path / "lib" / "status.json", door, nice=False)
+
+
+def deploy(agent: backup_agent.Agent) -> None:
+    directory = agent.host.deployment(3)
+    directory.mkdir()
+    (directory / "deployment.json").write_text(json.dumps({"release": "0.1.0-abc", "digest": "d"}))
+    (directory / "settings.yaml").write_text("environment: development\n")
+    agent.host.point("blue", 3)
+    (agent.host.boot / "atlas@blue.target").symlink_to("/x")
+    for name in ("0.1.0-abc", "0.0.9-old"):
+        (agent.host.root / "archives" / f"{name}.tar.gz").write_text(name)
+        (agent.host.root / "archives" / f"{name}.tar.gz.sig").write_text("sig")
+
+
+def exported(agent: backup_agent.Agent, tmp_path: Path, store: str, have: set[str]) -> Path:
+    target = tmp_path / "received"
+    target.mkdir()
+    with (tmp_path / "stream").open("wb") as out:
+        agent.export(store, have, out)
+    with (tmp_path / "stream").open("rb") as source:
+        receive(source, target, 1_000_000)
+    return target
+
+
+def test_an_export_holds_what_rebuilds_the_host(agent: backup_agent.Agent, tmp_path: Path) -> None:
+    deploy(agent)
+    agent.host.record("finished", deployment=3)
+    target = exported(agent, tmp_path, "sqlite", {"0.0.9-old.tar.gz"})
+    manifest = json.loads((target / "manifest.json").read_text())
+    assert manifest["deployed"] == {"deployment": 3, "release": "0.1.0-abc", "digest": "d"}
+    assert (manifest["rows"], manifest["bytes"]) == ({"documents": 2}, 4)
+    names = sorted(str(path.relative_to(target)) for path in target.rglob("*") if path.is_file())
+    assert names == [
+        "archives/0.1.0-abc.tar.gz",
+        "archives/0.1.0-abc.tar.gz.sig",
+        "atlas.db",
+        "deployments/3/deployment.json",
+        "deployments/3/settings.yaml",
+        "journal.jsonl",
+        "manifest.json",
+    ]
+    assert list((tmp_path / "lib" / "backup").iterdir()) == [], "the copy of the store is left on the host"
+
+
+def test_before_the_first_deployment_there_is_only_a_manifest(agent: backup_agent.Agent, tmp_path: Path) -> None:
+    target = exported(agent, tmp_path, "sqlite", set())
+    assert json.loads((target / "manifest.json").read_text())["deployed"] == {}
+    assert agent.contents() == {}
+
+
+def test_a_command_that_fails_is_named(agent: backup_agent.Agent) -> None:
+    deploy(agent)
+    with pytest.raises(BackupError, match="atlas db contents: Error: the database does not answer"):
+        agent.contents()
+
+
+def test_a_closed_door_takes_nothing_in(agent: backup_agent.Agent, tmp_path: Path) -> None:
+    with pytest.raises(BackupError, match="door is closed"):
+        agent.take_in("t1", None)
+    agent.door.write_text(json.dumps({"ticket": "t2", "directory": str(tmp_path / "in")}))
+    with pytest.raises(BackupError, match="door is closed"):
+        agent.take_in("t1", None)
+    assert not (tmp_path / "in").exists()
+
+
+def test_a_report_is_kept_and_junk_is_not(agent: backup_agent.Agent) -> None:
+    agent.status('{"jobs": {}, "expected_since": 1}')
+    with pytest.raises(BackupError, match="no report"):
+        agent.status("[1]")
+    assert json.loads(agent.status_file.read_text()) == {"jobs": {}, "expected_since": 1}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["sh"],
+        ["export", "sqlite", "have=;id"],
+        ["export", "mysql", "have="],
+        ["import", "../x"],
+        ["contents", "x"],
+        [""],
+        ["status\nsh"],
+    ],
+)
+def test_other_commands_are_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert backup_agent.main(words) == 2
+    assert "not a command for the backup host" in capsys.readouterr().err
