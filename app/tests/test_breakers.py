@@ -92,6 +92,18 @@ def test_an_urgent_job_overtakes_a_lane(make: Make) -> None:
     assert hosts_of(queue.claim(3)) == [None, "a"]
 
 
+def test_a_look_past_blocked_jobs_finds_what_is_more_urgent_than_a_lane(make: Make) -> None:
+    queue = make(concurrency=1)
+    add(queue, "a", "b", priority=0)
+    running = queue.claim(2)
+    add(queue, "b", priority=2)
+    assert queue.claim(1) == [] and in_lanes(queue.database) == 1
+    queue.finish([Result(job, 1) for job in running if job.host == "b"])
+    add(queue, "a", priority=0)
+    urgent = add(queue, None)
+    assert [job.id for job in queue.claim(1)] == urgent
+
+
 def test_a_host_is_asked_no_more_often_than_its_interval(make: Make, clock: Clock) -> None:
     queue = make(concurrency=5, interval_seconds=2)
     add(queue, "a", "a", "a", "b")

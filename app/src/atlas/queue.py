@@ -161,8 +161,10 @@ def _common(priority: int) -> ColumnElement[bool]:
     return and_(*written, jobs.c.priority == literal_column(str(priority)))
 
 
-_NOW, _LIMIT, _WINDOW, _OWN, _MOST = (
-    bindparam(name, type_=BigInteger) for name in ("now", "limit", "window", "own", "concurrency")
+_NOW = bindparam("now", type_=BigInteger)
+# Written out too: PostgreSQL makes a new plan each time for what it cannot judge without the value.
+_OWN, _MOST, _LIMIT, _WINDOW = (
+    bindparam(name, type_=BigInteger, literal_execute=True) for name in ("own", "concurrency", "limit", "window")
 )
 _URGENCY = (jobs.c.priority, jobs.c.run_at, jobs.c.id)
 _QUEUED = [jobs.c[name] for name in ("id", "target", "priority", "run_at", "host")]
@@ -179,8 +181,9 @@ def _waiting(where: ColumnElement[bool], limit: Any) -> Any:
 
 _PROBES = and_(in_state("ready"), jobs.c.target == _OWN)
 _CANDIDATES = union_all(
-    _waiting(_PROBES, PROBES), *(_waiting(_common(priority), _WINDOW) for priority in sorted(PRIORITIES.values()))
-).limit(PROBES + _WINDOW)
+    _waiting(_PROBES, literal_column(str(PROBES))),
+    *(_waiting(_common(priority), _WINDOW) for priority in sorted(PRIORITIES.values())),
+).limit(_LIMIT)
 _IN_LANE = and_(in_state("ready"), jobs.c.target == literal_column(str(LANE)))
 _LANE = (
     select(*_QUEUED)
@@ -191,7 +194,8 @@ _LANE = (
 )
 _RUNNING = select(func.count()).where(in_state("running"), jobs.c.host == hosts.c.name).scalar_subquery()
 _HAS_ROOM = and_(hosts.c.waiting, case((hosts.c.state == "closed", _MOST), else_=1) > _RUNNING)
-_LANES = select(hosts.c.name).where(_HAS_ROOM, hosts.c.next_at <= _NOW).order_by(hosts.c.next_at).limit(LANES)
+_LANES = select(hosts.c.name).where(_HAS_ROOM, hosts.c.next_at <= _NOW).order_by(hosts.c.next_at)
+_LANES = _LANES.limit(literal_column(str(LANES)))
 _LEAVE = (
     update(hosts)
     .where(hosts.c.name == _NAMES.c.name, ~select(jobs.c.id).where(_IN_LANE, jobs.c.host == hosts.c.name).exists())
@@ -352,7 +356,8 @@ class Queue:
             if row.host:
                 room[row.host] -= 1
         values = {"b_until": now + self.lease_ms, "b_owner": self.owner, "b_deployment": self.deployment}
-        taken = connection.execute(_CLAIM, values | {"ids": _listed(chosen)}).all() if chosen else []
+        claimed = connection.execute(_CLAIM, values | {"ids": _listed(chosen)}).all() if chosen else []
+        taken = {row[0]: Job(*row) for row in claimed}
         if parked:
             connection.execute(_PARK, {"ids": _listed(parked)})
         asked, blocked = ({row.host for row in some} for some in (chosen, parked))
@@ -364,8 +369,7 @@ class Queue:
         breakers.save(self.database, connection, known.values(), now)
         if lanes:
             connection.execute(_LEAVE, {"names": _names(lanes)})
-        order = sorted(taken, key=lambda row: (row.target == ANYONE, *_urgency(row)))
-        return [Job(*row) for row in order], bool(parked)
+        return [taken[row.id] for row in chosen], bool(parked)
 
     def _places(self, connection: Connection, limit: int) -> tuple[int, int]:
         """The time, and how many common jobs this deployment may claim."""
@@ -379,9 +383,10 @@ class Queue:
 
     def _candidates(self, connection: Connection, now: int, window: int) -> tuple[list[Row[Any]], set[str]]:
         """Probes, then what is queued for anyone, most urgent first; and the lanes that were looked into."""
-        found = connection.execute(_CANDIDATES, {"now": now, "own": self._own, "window": window}).all()
+        values = {"now": now, "own": self._own, "window": window, "limit": window + PROBES}
+        found = connection.execute(_CANDIDATES, values).all()
         probes = [row for row in found if row.target != ANYONE]
-        queued = [row for row in found if row.target == ANYONE][:window]
+        queued = list(found[len(probes) :][:window])
         # Behind a full window there may be jobs that are more urgent than what waits in a lane.
         last = _urgency(queued[-1]) if 0 < len(queued) == window else None
         most = self.limits.concurrency
@@ -438,7 +443,7 @@ class Queue:
                 (result.job.host, None, 0.0) for result in accepted if result.job.host and result.value is not None
             ]
             breakers.observe(self.database, connection, now, self.limits, ended)
-        return {result.job.id for result in results if result not in accepted}
+        return {result.job.id for result in results if (result.job.id, result.job.token) not in keys}
 
     def fail(self, job: Job, error_class: str, message: str, retry_after: float | None = None) -> str | None:
         """End one attempt with an error: the new state, or None if the job was lost; see `fail_many`."""
