@@ -31,7 +31,7 @@ from atlas.schema import LANE, job_events, jobs
 from atlas.schema import hosts as hosts_table
 from atlas.settings import RETRIES
 
-EXAMPLES = int(os.environ.get("ATLAS_MODEL_EXAMPLES", "40"))
+EXAMPLES = int(os.environ.get("ATLAS_EXAMPLES", "80")) // 2
 LEASE, ATTEMPTS, CAP = 60, 3, 300
 CLASSES = ("timeout", "server_error", "not_found", "internal", "rate_limited", "network")
 FAULTS = ("timeout", "server_error", "network", "dns")
