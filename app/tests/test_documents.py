@@ -289,7 +289,6 @@ def test_lists_are_narrowed(documents: Documents, monkeypatch: pytest.MonkeyPatc
 
 def test_counting_stops_at_a_limit(documents: Documents, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("atlas.documents.TOTAL_MOST", 3)
-    monkeypatch.setattr("atlas.search.TOTAL_MOST", 3)
     monkeypatch.setattr("atlas.search.WINDOW", 4)
     ids = [documents.submit(plain(f"word {n}")).id for n in range(5)]
     process(documents)
@@ -299,7 +298,19 @@ def test_counting_stops_at_a_limit(documents: Documents, monkeypatch: pytest.Mon
     while page.next:
         page = documents.search("word", limit=2, cursor=page.next)
         seen += [item.id for item in page.items]
-    assert (page.total, sorted(seen)) == (3, sorted(ids[1:])), "the newest four are ranked"
+    assert (page.total, sorted(seen)) == (4, sorted(ids[1:])), "the newest four are ranked"
+
+
+def test_a_common_word_that_only_old_documents_hold_is_found(
+    documents: Documents, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("atlas.search.WINDOW", 2)
+    ids = [documents.submit(plain(f"{'old' if n < 20 else 'new'} {n}")).id for n in range(40)]
+    process(documents)
+    with documents.database.write() as connection:
+        connection.exec_driver_sql("ANALYZE")
+    assert {item.id for item in documents.search("old").items} == {ids[18], ids[19]}
+    assert {item.id for item in documents.search("new").items} == {ids[38], ids[39]}
 
 
 def test_a_deleted_document_does_not_come_back(documents: Documents, database: Database) -> None:

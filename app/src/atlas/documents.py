@@ -20,7 +20,7 @@ from atlas.db import Database, rfc3339
 from atlas.group import GroupCommit
 from atlas.queue import DAY_MS, NewJob, Queue, Result, clean, in_state, remove
 from atlas.schema import PRIORITIES, document_tags, documents, idempotency_keys, job_events, jobs
-from atlas.search import TOTAL_MOST, find
+from atlas.search import find
 from atlas.settings import Settings
 from atlas.urls import host_of, normalise_url
 
@@ -31,6 +31,7 @@ COUNT_SECONDS = 0.5
 COUNT_SHARE = 0.02
 GROUP_ROWS = 1000
 FEW = 10_000
+TOTAL_MOST = 10_000
 _ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
 _PRIORITY_NAMES = {value: name for name, value in PRIORITIES.items()}
 _PAIRS = [first + second for first in _ALPHABET for second in _ALPHABET]
@@ -171,7 +172,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Page:
-    """Part of a list; `next` is the cursor of the following part. `total` stops at search.TOTAL_MOST."""
+    """Part of a list; `next` is the cursor of the following part. `total` stops at a limit."""
 
     items: Sequence[Document]
     total: int

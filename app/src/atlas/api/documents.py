@@ -277,7 +277,7 @@ def index() -> Response:
     """List documents, newest first, or search them.
 
     With `q` a search, best first: all words must match; "a phrase", `or` and -without are understood. It can be
-    narrowed by `tag`, but not by `status` or `url`. `total` stops at 10,000.
+    narrowed by `tag`, but not by `status` or `url`. `total` stops at 10,000, in a search at 1,000.
     """
     query, documents = read_query(DocumentQuery), state().documents
     if query.q is None:
