@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -37,7 +38,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects import postgresql as postgresql_dialect
 from sqlalchemy.dialects import sqlite as sqlite_dialect
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError, TimeoutError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.pool import QueuePool
 from sqlalchemy.sql.functions import FunctionElement
@@ -49,6 +50,7 @@ BUSY_TIMEOUT_MS = 10_000
 INSERT_ROWS = 10_000
 BELL = "atlas_jobs"  # the channel of NOTIFY
 BELL_SECONDS = 0.02
+WRITER_SECONDS = 30.0
 PG_NOW = "(extract(epoch from statement_timestamp()) * 1000)::bigint"
 
 
@@ -105,6 +107,8 @@ class Database:
         self.dialect = url.get_backend_name()
         self.path = path = url.database or ""
         self._rung_at = float("-inf")
+        self._lock = threading.Lock()
+        self._kept: Connection | None = None
         if self.dialect == "sqlite":
             # One writing connection for each process: its threads queue for it instead of polling SQLite's lock.
             self._writer = _sqlite_engine(path, "rwc", 1)
@@ -133,12 +137,27 @@ class Database:
     @contextmanager
     def write(self) -> Iterator[Connection]:
         """A transaction: committed, durably, at the end of the block; rolled back if it raises."""
-        with self._writer.connect() as connection:
+        with self._writing() as connection:
             connection.info.pop(BELL, None)
             with connection.begin():
                 yield connection
             if connection.info.pop(BELL, False):
                 self._ring(connection)
+
+    @contextmanager
+    def _writing(self) -> Iterator[Connection]:
+        if self.dialect == "postgresql":
+            with self._writer.connect() as connection:
+                yield connection
+            return
+        # Kept, and not taken from the pool each time: that would cost as much as the transaction.
+        if not self._lock.acquire(timeout=WRITER_SECONDS):
+            raise TimeoutError(f"no turn to write within {WRITER_SECONDS:.0f} s")
+        try:
+            self._kept = self._kept or self._writer.connect()
+            yield self._kept
+        finally:
+            self._lock.release()
 
     def dedicated(self) -> Any:
         """A connection of psycopg that belongs to the caller, in autocommit (PostgreSQL alone)."""
@@ -183,12 +202,18 @@ class Database:
         One statement takes all rows as JSON: it is prepared once, and does not hold the interpreter up at each row.
         `conflict` is an ON CONFLICT clause.
         """
-        statement = _insert_statement(self.dialect, table, names, f"{conflict} RETURNING {returning}")
+        statement = _insert_statement(self.dialect, table, names, conflict)
         returned: list[Any] = []
         for start in range(0, len(rows), INSERT_ROWS):
             part = json.dumps(rows[start : start + INSERT_ROWS], ensure_ascii=False, separators=(",", ":"))
-            run = _run_sqlite if self.dialect == "sqlite" else Connection.exec_driver_sql
-            returned += run(connection, statement, (part,))
+            if self.dialect == "postgresql":
+                returned += connection.exec_driver_sql(f"{statement} RETURNING {returning}", (part,))
+                continue
+            # New rows have the highest numbers. So read they are one row, where RETURNING stops for each.
+            [(before,)] = _run_sqlite(connection, f"SELECT coalesce(max(rowid), 0) FROM {table.name}")
+            _run_sqlite(connection, statement, (part,))
+            new = f"SELECT json_group_array(json_array({returning})) FROM {table.name} WHERE rowid > ?"
+            returned += json.loads(_run_sqlite(connection, new, (before,))[0][0])
         return returned
 
     def clock_expression(self) -> ColumnElement[int]:
@@ -219,6 +244,10 @@ class Database:
             return str(connection.scalar(text("SHOW server_version")))
 
     def close(self) -> None:
+        with self._lock:
+            if self._kept is not None:
+                self._kept.close()
+                self._kept = None
         self._reader.dispose()
         self._writer.dispose()
 

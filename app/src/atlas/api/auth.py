@@ -52,7 +52,7 @@ def admit(token: Token, scope: str, counted: bool = True) -> None:
     if scope not in token.scopes:
         refusal = {"WWW-Authenticate": f'Bearer error="insufficient_scope", scope="{scope}"'}
         raise Problem(403, f"the token lacks the scope {scope}", refusal)
-    if counted:
+    if counted and token.limits is not None:
         spend(1)
 
 

@@ -15,7 +15,7 @@ from atlas.api.audit import note
 from atlas.api.auth import over_rate, require, spend
 from atlas.api.openapi import PageQuery, describe, not_valid, read_body, read_query
 from atlas.api.problems import Problem, problem_of
-from atlas.api.state import state
+from atlas.api.state import State, state
 from atlas.documents import Answer, Outcome, Repeat, Submission, Submitted
 from atlas.schema import PRIORITIES
 from atlas.sensitive import Sensitive
@@ -153,8 +153,7 @@ def _submission(document: DocumentIn, content_limit: int, sender: str, request_i
     )
 
 
-def _take_in(submissions: Sequence[Submission], render: Callable[[Sequence[Outcome]], Answer]) -> Answer:
-    shared = state()
+def _take_in(shared: State, submissions: Sequence[Submission], render: Callable[[Sequence[Outcome]], Answer]) -> Answer:
     taken: Sequence[Outcome] = []
 
     def keep(outcomes: Sequence[Outcome]) -> Answer:
@@ -200,8 +199,10 @@ def submit() -> Response:
     202 means that the document and its job are stored durably; 200 that the document was known before. What is sent
     again with the same Idempotency-Key gets the same answer again; anything else with that key is refused.
     """
-    submission = _submission(read_body(DocumentIn), state().settings.content_limit_bytes, g.token.name, g.request_id)
-    status, answer = _take_in([submission], _one)
+    shared, scope = state(), g._get_current_object()
+    document = read_body(DocumentIn)
+    submission = _submission(document, shared.settings.content_limit_bytes, scope.token.name, scope.request_id)
+    status, answer = _take_in(shared, [submission], _one)
     if isinstance(answer, Exception):
         raise answer
     response = jsonify(answer)
@@ -225,7 +226,8 @@ def submit_batch() -> Response:
     What is taken in is stored durably and in one transaction. The `code` of an outcome is the status that the document
     would have been answered with alone. Each line counts as one request of the token.
     """
-    settings = state().settings
+    shared = state()
+    settings = shared.settings
     if request.mimetype != NDJSON:
         raise Problem(415, f"send the documents as {NDJSON}")
     request.max_content_length = settings.content_limit_bytes * BATCH_CONTENTS + BATCH_EXTRA_BYTES
@@ -250,7 +252,7 @@ def submit_batch() -> Response:
         return 200, {"items": items, "created": created, "duplicates": duplicates, "refused": refused}
 
     submissions = [item for _, item in checked if isinstance(item, Submission)]
-    return jsonify(_take_in(submissions, render)[1])
+    return jsonify(_take_in(shared, submissions, render)[1])
 
 
 def _line(line: bytes, content_limit: int, sender: str, request_id: str) -> Submission | Problem:

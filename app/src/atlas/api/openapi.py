@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Annotated, Any, TypeVar
 
-from flask import Blueprint, Flask, Response, current_app, jsonify, request
+from flask import Blueprint, Flask, Request, Response, current_app, jsonify, request
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, WithJsonSchema
 from pydantic.json_schema import models_json_schema
 from werkzeug.routing import BaseConverter, IntegerConverter, Rule
@@ -115,20 +115,19 @@ def read_query(model: type[M]) -> M:
     for name, value in request.args.items():
         if "\0" in value:
             raise Problem(422, f"{name}: must not hold NUL")
-    return _read(lambda: model.model_validate(request.args.to_dict()))
+    try:
+        return model.model_validate(request.args.to_dict())
+    except ValidationError as error:
+        raise not_valid(error) from None
 
 
 def read_body(model: type[M]) -> M:
     """What the request's body holds, which must be JSON. Raises Problem."""
-    if request.mimetype != JSON:
+    asked: Request = request._get_current_object()  # type: ignore[attr-defined]
+    if asked.environ.get("CONTENT_TYPE") != JSON and asked.mimetype != JSON:
         raise Problem(415, f"send the body as {JSON}")
-    body = request.get_data()
-    return _read(lambda: model.model_validate_json(body))
-
-
-def _read(read: Callable[[], M]) -> M:
     try:
-        return read()
+        return model.model_validate_json(asked.get_data())
     except ValidationError as error:
         raise not_valid(error) from None
 
