@@ -38,7 +38,7 @@ test: ## everything that a change must pass
 	@$(MAKE) lint unit test-lab molecule
 
 # Sizes of `make test-full`; each test has a smaller one of its own (docs/testing.md).
-FULL_SIZES := ATLAS_CRASH_DOCUMENTS=2000 ATLAS_BLOCKED_JOBS=100000 ATLAS_EXAMPLES=1000
+FULL_SIZES := ATLAS_CRASH_DOCUMENTS=2000 ATLAS_BLOCKED_JOBS=100000 ATLAS_EXAMPLES=1000 ATLAS_SCHEMATHESIS_EXAMPLES=200
 
 test-full: ## the same at full size, then the bench, whose targets are reported
 	@$(FULL_SIZES) $(MAKE) test

@@ -144,6 +144,28 @@ def test_a_document_is_deleted_once_and_that_is_recorded(client: FlaskClient) ->
     assert (entry["actor"], entry["action"], entry["object_id"]) == ("all", "deleted", taken["id"])
 
 
+def test_what_no_store_can_hold_is_refused_and_tells_nothing(client: FlaskClient) -> None:
+    for path in ("/v1/documents/%00", "/v1/documents/%ff", f"/v1/jobs/{10**30}", "/v1/feeds/%00", "/%0d%0aX-Evil:%201"):
+        answer = client.get(path)
+        problem(answer, 404)
+        assert "X-Evil" not in answer.headers
+    for query in ("q=%00", "tag=%00", "cursor=%00", f"cursor={10**17}0", "limit=1e400", "limit=%ff", "status=%00"):
+        problem(client.get(f"/v1/documents?{query}"), 422)
+    assert client.get("/v1/documents?q=%ff&tag=%ed%a0%80").status_code == 200
+    for body in (
+        '{"host": "a\\u0000"}',
+        '{"since": 5}',
+        '{"error_class": "\\ud800"}',
+        '{"until": "0001-01-01T00:00:00+14:00"}',
+    ):
+        answer = client.post("/v1/dead-letters:requeue", data=body, content_type="application/json")
+        assert answer.status_code in (200, 400, 422), answer.text
+        assert "Traceback" not in answer.text and "psycopg" not in answer.text and "SELECT" not in answer.text
+    assert client.post("/v1/documents", data="[" * 100_000, content_type="application/json").status_code in (400, 413)
+    nested = "{" + '"a":{' * 900 + "}" * 901
+    problem(client.post("/v1/documents", data=nested, content_type="application/json"), 400)
+
+
 def test_lists_take_filters(client: FlaskClient) -> None:
     one = client.post("/v1/documents", json=TEXT | {"tags": ["ä b"]}).get_json()["id"]
     two = client.post("/v1/documents", json={"url": "http://example.org/"}).get_json()["id"]

@@ -4,14 +4,15 @@ How to describe a view: give it a docstring (the first line is the summary) and 
 
     @blueprint.get("/<int:job_id>")
     @require("read")
-    @describe({200: JobOut}, problems=(404,))
+    @describe({200: JobOut})
     def show(job_id: int) -> Response:
         \"\"\"Show a job with its history.\"\"\"
 
 `require` adds the security scheme and the refusals 401, 403, 429 and 503. Query arguments and JSON bodies are declared
 as pydantic models and read with `read_query(Model)` and `read_body(Model)`, so that what is described is what is
-checked: their refusals (422, and 400, 413, 415 for a body) are added too. Path parameters come from the route.
-tests/test_openapi.py fails for a route without a description, and for any answer that was not described.
+checked: their refusals (422, and 400, 413, 415 for a body) are added too. Path parameters come from the route, and
+with them 404.
+tests/test_openapi.py fails for a route without a description, tests/test_schemathesis.py for what was not described.
 """
 
 from __future__ import annotations
@@ -148,7 +149,7 @@ def not_valid(error: ValidationError) -> Problem:
 def _moment(value: str) -> int:
     try:
         return milliseconds(value)
-    except (ValueError, OverflowError):
+    except (ValueError, OverflowError, TypeError):
         raise ValueError("must be a moment in RFC 3339, like 2026-01-31T12:00:00Z") from None
 
 
@@ -226,6 +227,7 @@ def _operation(rule: Rule, view: Callable[..., Any], schemas: _Schemas) -> dict[
     scope: str | None = getattr(view, "scope", None)
     problems = {*told.problems, *((401, 403, 429, 503) if scope else ()), *((422,) if told.query else ())}
     problems |= {400, 413, 415, 422} if told.body else set()
+    problems |= {404} if rule._converters else set()
     summary, _, rest = inspect.cleandoc(view.__doc__ or "").partition("\n")
     security = told.security or ("token" if scope else None)
     described = " ".join(rest.split()) + (f" Needs the scope `{scope}`." if scope else "")

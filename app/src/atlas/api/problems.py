@@ -8,7 +8,7 @@ from typing import Any
 import structlog
 from flask import Flask, Response, g, jsonify
 from pydantic import BaseModel, ConfigDict
-from sqlalchemy.exc import InterfaceError, OperationalError, TimeoutError
+from sqlalchemy.exc import DataError, InterfaceError, OperationalError, TimeoutError
 from werkzeug.exceptions import HTTPException
 
 from atlas.documents import InvalidDocument, KeyReused, QueueFull
@@ -75,6 +75,10 @@ def install(app: Flask) -> None:
         log.error("the store failed a request", reason=one_line(error))
         return answer(unavailable("the store does not answer; nothing was taken in"))
 
+    def on_unfit(_error: Exception) -> Response:
+        log.warning("a value does not fit the store", exc_info=True)
+        return answer(Problem(422, "a value is none that the store can hold; nothing was changed"))
+
     def on_unexpected(_error: Exception) -> Response:
         log.exception("a request failed unexpectedly")
         return answer(Problem(500, "the service failed; the log has the details under this request id"))
@@ -85,4 +89,6 @@ def install(app: Flask) -> None:
         app.register_error_handler(refusal, lambda error: answer(problem_of(error)))
     for kind in (OperationalError, InterfaceError, TimeoutError):
         app.register_error_handler(kind, on_store_away)
+    for unfit in (DataError, OverflowError):
+        app.register_error_handler(unfit, on_unfit)
     app.register_error_handler(Exception, on_unexpected)
