@@ -49,6 +49,27 @@ def unit(name: str) -> Case:
     return Case(f"/etc/systemd/system/{name}@.service", judge, addresses, breaks=("\nCapabilityBoundingSet=", "\n#"))
 
 
+KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIH3s2kb3yLBsRNR1VKyOjpYXbBbSsDjLsY7sRSDnHbZr"
+BACKUP = {
+    "backup_host_addresses": ["192.0.2.50"],
+    "backup_sources": {"app1": "192.0.2.31"},
+    "backup_targets": {"db1": "192.0.2.40"},
+    "hostvars": {name: {"ansible_facts": {"ssh_host_key_ed25519_public": KEY.split()[1]}} for name in ("app1", "db1")},
+}
+
+
+def backup_unit(name: str) -> Case:
+    """A unit of the role backup: read by systemd without a word, and its exposure is at most 1.5."""
+    programs = "mkdir -p /usr/local/lib/atlas && cp /bin/true /usr/local/lib/atlas/atlas-backup && cp -n /bin/true /usr/bin/barman;"
+    instance = name.replace("@.", "@daily.")
+    judge = (
+        f'{programs} out=$(systemd-analyze verify --man=no {instance} 2>&1); echo "$out"; test -z "$out"'
+        f" && cp /etc/systemd/system/{name} /tmp/{instance}"
+        f" && systemd-analyze security --no-pager --offline=true --threshold=15 /tmp/{instance}"
+    )
+    return Case(f"/etc/systemd/system/{name}", judge, BACKUP, breaks=("\nCapabilityBoundingSet=", "\n#"))
+
+
 CASES = {
     "base/journald.conf.j2": Case(
         "/etc/systemd/journald.conf.d/50-atlas.conf",
@@ -125,6 +146,53 @@ CASES = {
         "systemd-analyze verify --man=no postgresql@1-main.service 2>&1 | grep 50-atlas && exit 1 || true",
         breaks=("Restart=on-failure", "Restart=sometimes"),
     ),
+    "backup/atlas-backup@.service.j2": backup_unit("atlas-backup@.service"),
+    "backup/atlas-backup-log.service.j2": backup_unit("atlas-backup-log.service"),
+    "backup/atlas-backup-command.conf.j2": Case(
+        "/etc/systemd/system/atlas-backup-command-.service.d/hardening.conf",
+        "cp /etc/systemd/system/atlas-backup-command-.service.d/hardening.conf /tmp/atlas-backup-command.service"
+        " && echo ExecStart=/bin/true >> /tmp/atlas-backup-command.service"
+        " && systemd-analyze security --no-pager --offline=true --threshold=15 /tmp/atlas-backup-command.service",
+        BACKUP,
+        breaks=("\nCapabilityBoundingSet=", "\n#"),
+    ),
+    "backup/atlas-backup.timer.j2": Case(
+        "/etc/systemd/system/atlas-backup-daily.timer",
+        'out=$(systemd-analyze verify --man=no atlas-backup-daily.timer 2>&1); echo "$out"; test -z "$out"',
+        {"item": {"key": "daily", "value": {"at": "*-*-* 02:00:00"}}},
+        needs=("backup/atlas-backup@.service.j2",),
+        breaks=("02:00:00", "26:00:00"),
+    ),
+    "backup/atlas-backup.sh.j2": Case(
+        "/usr/local/sbin/atlas-backup", "sh -n /usr/local/sbin/atlas-backup", breaks=("fi", "if")
+    ),
+    "backup/authorized_keys.j2": Case(
+        "/root/authorized_keys",
+        "test $(ssh-keygen -lf /root/authorized_keys | wc -l) = 1",
+        {**BACKUP, "__backup_key": f"{KEY} atlas-backup@backup1"},
+        breaks=("restrict,", "restrict, "),
+    ),
+    "backup/known_hosts.j2": Case(
+        "/root/known_hosts",
+        "ssh-keygen -F 192.0.2.31 -f /root/known_hosts && ssh-keygen -F 192.0.2.40 -f /root/known_hosts",
+        BACKUP,
+        breaks=("192.0.2.31", "192.0.2.32"),
+    ),
+    "backup/sudoers.j2": Case(
+        "/root/sudoers", "chmod 0440 /root/sudoers && visudo -cf /root/sudoers", breaks=("NOPASSWD:", "NOPASSWORD:")
+    ),
+    "backup/createcluster.conf.j2": Case(
+        "/etc/postgresql-common/createcluster.d/backup.conf",
+        "grep -x 'create_main_cluster = false' /etc/postgresql-common/createcluster.d/backup.conf",
+        breaks=("false", "true"),
+    ),
+    "backup/barman.conf.j2": Case(
+        "/etc/atlas-barman.conf",
+        'python3 -c \'import configparser as c; r = c.ConfigParser(interpolation=None); r.read("/etc/atlas-barman.conf");'
+        ' assert r.sections() == ["barman", "atlas"] and r["atlas"]["slot_name"]\'',
+        {**BACKUP, "backup_database_address": "192.0.2.40"},
+        breaks=("[atlas]", "[altas]"),
+    ),
     "origin/nginx.conf.j2": Case("/etc/nginx/nginx.conf", "nginx -t -q", breaks=("deny all;", "deny all")),
     **{f"atlas/{name}@.service.j2": unit(name) for name in UNITS},
     "atlas/atlas@.target.j2": Case(
@@ -144,7 +212,7 @@ CASES = {
     "atlas/atlas.sh.j2": Case("/usr/local/bin/atlas", "sh -n /usr/local/bin/atlas", breaks=("fi", "if")),
 }
 # Parts that other templates include.
-PARTS = {"atlas/hardening.j2", "atlas/service.j2"}
+PARTS = {"atlas/hardening.j2", "atlas/service.j2", "backup/hardening.j2"}
 
 
 @pytest.fixture(scope="module", params=CODENAMES)
