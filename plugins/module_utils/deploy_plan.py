@@ -172,8 +172,10 @@ class Fleet:
     def settled(self, host: str) -> bool:
         """Tell whether *host* serves the deployment that is in service, by units that run what site.yml installed."""
         fact = self.facts[host]
+        was = self.open_on.get(host)
+        untouched = was is None or (not self.forward and was["in_service"] not in (None, was["slot"]))
         return (
-            host not in self.open_on
+            untouched
             and host not in self.owed
             and self.slot[host] == self.home
             and self.current[host] == self.number

@@ -31,6 +31,8 @@ PRINCIPAL = "atlas-release"
 MANIFEST = "manifest.json"
 SBOM = "sbom.cdx.json"
 LAUNCHER = "bin/atlas"
+PACKAGE = "atlas"
+"""The project's own part of a tree; the others are dependencies."""
 
 _COMPRESSION = 4  # measured: level 6 takes twice the time for 4 % less
 _BLOCK = 1 << 20
@@ -335,13 +337,18 @@ def unpack(archive: Path, manifest: Mapping[str, Any], python: str, directory: P
     """Unpack *archive*'s parts for *python* into *directory*, check and compile them; appears whole or not at all.
 
     Work happens in a hidden neighbour, which replaces *directory* by a rename once all of it is on disk. A neighbour that
-    an interrupted run left is removed first.
+    an interrupted run left is removed first. Dependencies that another release there has too are linked from it.
     """
     partial = directory.with_name(f".{directory.name}.partial")
+    tree = f"python{python}"
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        _write(archive, manifest, python, partial)
-        _compile(partial / f"python{python}", directory / f"python{python}")
+        if _write_linked(archive, manifest, tree, partial, directory):
+            _compile(partial / tree / PACKAGE, directory / tree / PACKAGE)
+        else:
+            shutil.rmtree(partial, ignore_errors=True)
+            check_digests(_write(archive, python, partial), manifest, archive)
+            _compile(partial / tree, directory / tree)
         _sync(partial)
         _replace(partial, directory)
     except BaseException:
@@ -349,11 +356,63 @@ def unpack(archive: Path, manifest: Mapping[str, Any], python: str, directory: P
         raise
 
 
-def _write(archive: Path, manifest: Mapping[str, Any], python: str, target: Path) -> None:
+def _write_linked(archive: Path, manifest: Mapping[str, Any], tree: str, target: Path, directory: Path) -> bool:
+    """Write what is the project's own from *archive*, and link the rest of *tree* from a release with the same dependencies.
+
+    Tell whether that made the release of *manifest*, by its digests. What is linked is read and checked like what is written.
+    """
+    for donor in _with_same_dependencies(directory, manifest):
+        try:
+            found = _write(archive, tree.removeprefix("python"), target, own=True)
+            found[tree] |= _link(donor / tree, target / tree)
+            check_digests(found, manifest, archive)
+            return True
+        except (OSError, ReleaseError):
+            shutil.rmtree(target, ignore_errors=True)
+    return False
+
+
+def _with_same_dependencies(directory: Path, manifest: Mapping[str, Any]) -> Iterator[Path]:
+    """Yield the releases beside *directory* that were built from the same lock."""
+    for path in sorted(directory.parent.glob("[!.]*")):
+        try:
+            theirs = parse_manifest((path / MANIFEST).read_bytes(), path).get("built_from", {})
+        except (OSError, ReleaseError):
+            continue
+        ours = manifest.get("built_from", {})
+        if (
+            path != directory
+            and ours
+            and all(theirs.get(key) == ours.get(key) for key in ("requirements_lock", "platform"))
+        ):
+            yield path
+
+
+def _link(source: Path, target: Path) -> dict[str, str]:
+    """Link the files of the tree *source* but the project's own into *target*; return their digests. Links are refused."""
+    made, found = {target}, {}
+    for path in sorted(source.rglob("*")):
+        name = path.relative_to(source)
+        if name.parts[0] == PACKAGE or path.is_dir():
+            continue
+        if path.is_symlink():
+            raise ReleaseError(f"{path} is a link, and a release holds regular files only.")
+        _make_directory((target / name).parent, target, made)
+        os.link(path, target / name)
+        if "__pycache__" not in name.parts:
+            found[f"{source.name}/{name.as_posix()}"] = file_digest(path)
+    return found
+
+
+def _write(archive: Path, python: str, target: Path, own: bool = False) -> dict[str, dict[str, str]]:
+    """Write *archive*'s parts for *python*, or what is the project's *own*, to *target*; return their digests."""
     made: set[Path] = set()
     found: dict[str, dict[str, str]] = {part: {} for part in _wanted_parts(python)}
     for member in members(archive):
-        if part_of(member.path) not in found:
+        parts = PurePosixPath(member.path).parts
+        if own and parts[0].startswith("python") and parts[1:2] != (PACKAGE,):
+            break  # the project's own files come first
+        if parts[0] not in found:
             continue
         path = target / member.path
         _make_directory(path.parent, target, made)
@@ -361,8 +420,8 @@ def _write(archive: Path, manifest: Mapping[str, Any], python: str, target: Path
             file.write(member.content)
             os.fchmod(file.fileno(), file_mode(member.path))
         os.utime(path, (member.mtime, member.mtime))
-        found[part_of(member.path)][member.path] = hashlib.sha256(member.content).hexdigest()
-    check_digests(found, manifest, archive)
+        found[parts[0]][member.path] = hashlib.sha256(member.content).hexdigest()
+    return found
 
 
 def _make_directory(path: Path, top: Path, made: set[Path]) -> None:

@@ -357,6 +357,15 @@ def test_a_killed_switch_sends_traffic_back_and_deploys_to_the_idle_slot(balance
     assert deploy_plan.play_hosts("cleanup_edges", plan, [], []) == ["edge1"]
 
 
+def test_what_is_wanted_may_be_what_a_killed_deploy_left_in_service() -> None:
+    half = app(same=True, transaction=killed("green", "blue"), slots={"blue": 4, "green": 5})
+    facts = fleet(app1=half, app2=copy.deepcopy(half), edge1=edge("be_mixed", file="be_blue"))
+    plan = decide(facts, strategy="blue_green")
+    assert plan["mode"] == "tidy" and plan["undo"]["hosts"] == ["app1", "app2"]
+    rolled = app(number=5, same=True, good=[4], transaction=killed("blue", "blue"))
+    assert decide(fleet(app1=rolled, app2=copy.deepcopy(rolled)))["mode"] == "deploy"
+
+
 def test_edges_that_a_killed_deploy_left_apart_are_no_finding() -> None:
     half = app(transaction=killed("green", "blue"), slots={"blue": 4, "green": 5})
     facts = fleet(app1=half, app2=copy.deepcopy(half), edge1=edge("be_green"), edge2=edge("be_blue"))

@@ -197,6 +197,43 @@ def test_leftover_of_an_interrupted_run_is_removed(good: Signed, run: Run, root:
     assert not (root / "releases" / good.name / "half").exists()
 
 
+def with_dependency(directory: Path, code: bytes, dependency: bytes = b"x = 1\n", lock: str = "L") -> Signed:
+    """Make a release whose own code is *code*, as the builder orders it: the project's own files, then dependencies."""
+    own = files() | {f"{TREE}/atlas/cli.py": code}
+    dependencies = {f"{TREE}/other/__init__.py": dependency, f"{TREE}/other/deep/data.txt": b"data\n"}
+    manifest = manifest_of(own | dependencies) | {"built_from": {"requirements_lock": lock, "platform": "p"}}
+    first = release.pack({"manifest.json": release.as_json(manifest)}, MTIME)
+    content = first + release.pack(own, MTIME) + release.pack(dependencies, MTIME) + release.archive_end()
+    return signed(directory, bytes(content))
+
+
+def test_dependencies_that_the_host_has_are_linked_and_checked(tmp_path: Path, run: Run, root: Path) -> None:
+    first, second = with_dependency(tmp_path / "a", b"one = 1\n"), with_dependency(tmp_path / "b", b"two = 2\n")
+    for each in (first, second):
+        run(each)
+    one, two = (root / "releases" / each.name / TREE for each in (first, second))
+    for name in ("other/__init__.py", "other/deep/data.txt"):
+        assert (one / name).stat().st_ino == (two / name).stat().st_ino
+    caches = [next((tree / "other" / "__pycache__").iterdir()) for tree in (one, two)]
+    assert caches[0].stat().st_ino == caches[1].stat().st_ino
+    assert (one / "atlas/cli.py").read_bytes() == b"one = 1\n" and (two / "atlas/cli.py").read_bytes() == b"two = 2\n"
+    assert list((two / "atlas" / "__pycache__").glob("cli.*")), "what is its own is compiled"
+    assert not run(second)["changed"]
+
+
+@pytest.mark.parametrize("why", ["damaged", "another lock"])
+def test_what_cannot_be_linked_is_unpacked(tmp_path: Path, run: Run, root: Path, why: str) -> None:
+    first = with_dependency(tmp_path / "a", b"one = 1\n", lock="K" if why == "another lock" else "L")
+    run(first)
+    planted = root / "releases" / first.name / TREE / "other" / "__init__.py"
+    if why == "damaged":
+        planted.write_bytes(b"evil = 1\n")
+    second = with_dependency(tmp_path / "b", b"two = 2\n")
+    run(second)
+    made = root / "releases" / second.name / TREE / "other" / "__init__.py"
+    assert made.read_bytes() == b"x = 1\n" and made.stat().st_ino != planted.stat().st_ino
+
+
 @pytest.mark.parametrize("damage", ["changed", "removed", "added", "linked"])
 def test_damaged_release_is_replaced(good: Signed, run: Run, root: Path, damage: str) -> None:
     run(good)
