@@ -261,6 +261,7 @@ def _deploy(result: dict[str, Any], fleet: Fleet, release: Mapping[str, Any], op
         "watch_first": mode == "deploy" and rolling and len(options["steps"]) > 1,
         "batch": batch(len(options["hosts"]), options),
         "warm": False,
+        "renew": [],
         "contract": contract,
         "release": dict(release),
         "nothing_to_do": mode == "nothing",
@@ -319,8 +320,14 @@ def _rollback(result: dict[str, Any], fleet: Fleet, options: Options) -> list[st
     if number in known and lacking:
         found += _quorum(options, hosts, [f"{host} does not have deployment {number}" for host in lacking])
     target = other(fleet.home) if fleet.home else "blue"
-    warm = bool(hosts) and all(
-        fleet.facts[host]["slots"].get(target) == number and target in fleet.facts[host]["running"] for host in hosts
+    renew = [host for host in hosts if fleet.facts[host]["deployments"][str(number)].get("revoked")]
+    warm = (
+        bool(hosts)
+        and not renew
+        and all(
+            fleet.facts[host]["slots"].get(target) == number and target in fleet.facts[host]["running"]
+            for host in hosts
+        )
     )
     rolling = options["strategy"] == "rolling" and len(hosts) > 1 and not warm
     content = known.get(number or 0, {})
@@ -332,6 +339,7 @@ def _rollback(result: dict[str, Any], fleet: Fleet, options: Options) -> list[st
         "rolling": rolling,
         "slot": fleet.home if rolling else target,
         "warm": warm,
+        "renew": renew,
         "watch_first": False,
         "batch": batch(len(options["hosts"]), options),
         "contract": False,
@@ -596,6 +604,7 @@ def play_hosts(
         "cleanup_edges": edges if not failures and cleanup["traffic_to"] else [],
         "cleanup_hosts": cleanup["hosts"] if not failures else [],
         "cleanup_lead": lead if not failures and cleanup["interrupted"] and cleanup["number"] is not None else [],
+        "renew": plan_["renew"] if go else [],
         "stage": hosts if go and plan_["mode"] in ("deploy", "join") else [],
         "migrate": hosts[:1] if go and plan_["mode"] == "deploy" else [],
         "switch_first": hosts[:1] if go and rolling and watched else [],
@@ -687,5 +696,12 @@ def _changes(fact: Mapping[str, Any], current: int | None, number: int) -> list[
     return [
         f"release      {was.get('release')} -> {will.get('release')}",
         *(f"settings     {line[0]} {line[1:]}" for line in lines or ["  the same"]),
-        "credentials  " + ("the same" if same else f"those of deployment {number}"),
+        "credentials  "
+        + (
+            f"the current ones: those of deployment {number} were revoked"
+            if will.get("revoked")
+            else "the same"
+            if same
+            else f"those of deployment {number}"
+        ),
     ]

@@ -10,6 +10,8 @@ description:
   - A deployment is a release, settings and a generation of credentials. The credentials are encrypted on the host, so that
     equal ones look different each time; a keyed fingerprint over the content tells whether a deployment is the wanted one.
   - The new release itself checks what was rendered (C(atlas config check)).
+  - With O(renew) an existing deployment keeps release and settings, and gets these credentials in place of its own, which a
+    rotation has revoked (it leaves the file C(credentials.revoked) in the deployment's directory).
 options:
   number:
     description: The deployment's number, the same on all hosts of a deploy.
@@ -43,6 +45,10 @@ options:
     description: Whether the release checks the settings. Its services do so anyhow when they start.
     type: bool
     default: true
+  renew:
+    description: Whether only the credentials of an existing deployment are replaced.
+    type: bool
+    default: false
   slot:
     description: The slot for which the release checks its settings.
     type: str
@@ -98,6 +104,7 @@ from ansible.module_utils.atlas_host import (
     now,
     read_json,
     sync_directory,
+    write_atomically,
 )
 from ansible.module_utils.basic import AnsibleModule
 
@@ -137,6 +144,26 @@ def render(host: Host, wanted: Mapping[str, Any], credentials: Mapping[str, str]
         raise
 
 
+def renew(host: Host, number: int, credentials: Mapping[str, str]) -> None:
+    """Give the deployment *number* other credentials; until the last step it has the ones before."""
+    directory = host.deployment(number)
+    partial, old = directory / ".credentials.partial", directory / ".credentials.old"
+    for leftover in (partial, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir(mode=0o700)
+    for name, secret in credentials.items():
+        _write(partial / name, encrypt(host, name, secret), 0o600)
+    (directory / "credentials").rename(old)
+    partial.rename(directory / "credentials")
+    shutil.rmtree(old)
+    content, key = read_json(directory / "deployment.json"), fingerprint_key(host.state)
+    settings = _read(directory / "settings.yaml")
+    content["fingerprint"] = fingerprint(key, str(content.get("digest")), settings, credentials)
+    content["credentials"] = fingerprint(key, "", "", credentials)
+    write_atomically(directory / "deployment.json", json.dumps(content, indent=2) + "\n")
+    (directory / "credentials.revoked").unlink(missing_ok=True)
+
+
 def _write(path: Path, content: bytes, mode: int) -> None:
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     with os.fdopen(handle, "wb") as file:
@@ -158,6 +185,7 @@ def main() -> None:
             "settings": {"type": "str", "required": True},
             "credentials": {"type": "dict", "required": True, "no_log": True},
             "check": {"type": "bool", "default": True},
+            "renew": {"type": "bool", "default": False},
             "slot": {"type": "str", "choices": ["blue", "green"], "default": "blue"},
             "deploy": {"type": "str", "default": ""},
         },
@@ -175,6 +203,11 @@ def apply(params: Mapping[str, Any], host: Host, check: bool) -> dict[str, Any]:
     """Bring *host* to the state of *params*; return the module's result."""
     credentials = {name: str(secret) for name, secret in params["credentials"].items()}
     settings, number = params["settings"], int(params["number"])
+    if params["renew"]:
+        if not check:
+            with host.recorded("renewed", "stage", deploy=params["deploy"], deployment=number):
+                renew(host, number, credentials)
+        return {"changed": True, "current": None, "number": number}
     slot = host.in_service()
     current = host.slots()[slot] if slot else None
     present = host.deployment(current) if current is not None else None

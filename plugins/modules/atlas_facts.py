@@ -260,7 +260,10 @@ def facts(params: Mapping[str, Any]) -> dict[str, Any]:
         "digest": read_json(host.deployment(number) / "deployment.json").get("digest") if number else None,
         "as_inventory": compared(host, number, params),
         "settings": texts(host) if params["texts"] else {},
-        "deployments": {str(number): content for number, content in host.deployments().items()},
+        "deployments": {
+            str(each): {**content, "revoked": (host.deployment(each) / "credentials.revoked").exists()}
+            for each, content in host.deployments().items()
+        },
         "releases": host.releases(),
         "good": host.good(),
         "highest": host.highest(),

@@ -435,7 +435,11 @@ def wanted(**other: Any) -> dict[str, Any]:
         "settings": "a: 1\n",
         "credentials": {"tokens": "SECRET"},
     }
-    return {"number": 1, "schema": {"head": "1"}, "slot": "blue", "deploy": "d1", "check": True} | content | other
+    return (
+        {"number": 1, "schema": {"head": "1"}, "slot": "blue", "deploy": "d1", "check": True, "renew": False}
+        | content
+        | other
+    )
 
 
 def test_a_deployment_appears_whole_and_once(host: Host, as_root: None) -> None:
@@ -472,6 +476,20 @@ def test_the_new_release_checks_its_settings_as_they_will_be(host: Host, as_root
     assert commands == [["config", "check"]]
     content = json.loads((host.deployment(1) / "deployment.json").read_text())
     assert content["schema"] == {"head": "1"} and host.journal()[-1]["event"] == "staged"
+
+
+def test_revoked_credentials_are_replaced_and_nothing_else(host: Host, as_root: None) -> None:
+    atlas_deployment.apply(wanted(), host, False)
+    directory = host.deployment(1)
+    (directory / "credentials.revoked").touch()
+    before = {name: (directory / name).read_text() for name in ("settings.yaml", "deployment.json")}
+    newer = {"tokens": "NEWER", "more": "SECRET"}
+    atlas_deployment.apply(wanted(renew=True, settings="", credentials=newer), host, False)
+    assert sorted(os.listdir(directory)) == ["credentials", "deployment.json", "release", "settings.yaml"]
+    assert sorted(os.listdir(directory / "credentials")) == ["more", "tokens"]
+    assert (directory / "settings.yaml").read_text() == before["settings.yaml"]
+    assert atlas_facts.compared(host, 1, wanted(credentials=newer)) is True
+    assert atlas_facts.compared(host, 1, wanted()) is False
 
 
 def test_a_deployment_that_cannot_be_rendered_leaves_nothing(

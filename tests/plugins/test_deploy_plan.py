@@ -452,6 +452,16 @@ def test_a_rollback_shows_what_it_changes_without_secrets() -> None:
     ]
 
 
+def test_revoked_credentials_are_replaced_by_the_current_ones_and_it_is_said() -> None:
+    host = history(3, 4, slots={"blue": 4, "green": 3}, running=["blue", "green"])
+    host["deployments"]["3"]["revoked"] = True
+    facts = fleet(app1=host, app2=copy.deepcopy(host))
+    plan = rollback(facts)
+    assert plan["warm"] is False, "what runs has the revoked ones in memory"
+    assert deploy_plan.play_hosts("renew", plan, [], []) == ["app1", "app2"]
+    assert "  credentials  the current ones: those of deployment 3 were revoked" in deploy_plan.changes(facts, plan)
+
+
 # Schema
 
 NEWER = {"head": "0003", "revisions": ["0001", "0002", "0003"]}

@@ -1,0 +1,79 @@
+"""How the filters of a deploy find what they need in the variables of its hosts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import deploy
+import pytest
+
+LIMITS = {"samples": 20, "error_percent": 1.0, "slow_percent": 10.0, "slow_ms": 100, "job_percent": 10.0}
+PLAN: dict[str, Any] = {
+    "mode": "deploy",
+    "hosts": ["app1", "app2"],
+    "edges": ["edge1"],
+    "reached": ["app1", "app2"],
+    "rolling": False,
+    "watch_first": False,
+    "first": False,
+    "renew": [],
+    "batch": 2,
+    "number": 7,
+    "old_number": 6,
+    "undo": {"traffic_to": None, "hosts": [], "interrupted": False, "number": 6},
+}
+
+
+def variables(**other: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the variables of a fleet in the middle of a deploy."""
+    return {host: {"__deploy_plan": PLAN, **other.get(host, {})} for host in ("edge1", "app1", "app2")} | {"db1": {}}
+
+
+def counts(requests: int, errors: int = 0) -> dict[str, Any]:
+    return {"requests": requests, "errors": errors, "histogram": {}}
+
+
+def test_a_playbook_that_is_only_read_names_all_hosts_and_one_without_a_plan_none() -> None:
+    assert deploy.play(None, "stage") == ["all"]
+    assert deploy.play({"app1": {}}, "stage") == []
+    assert deploy.batch(None) == 1 and deploy.batch(variables()) == 2
+
+
+def test_a_failure_on_any_host_ends_the_phases() -> None:
+    assert deploy.play(variables(), "switch_start") == ["app1", "app2"]
+    failed = {"__deploy_failure": {"host": "app2", "phase": "stage", "message": "", "log": []}}
+    assert deploy.play(variables(app2=failed), "switch_start") == []
+
+
+@pytest.mark.parametrize("name", ["__deploy_started", "__deploy_drained"])
+def test_what_was_touched_goes_back_and_nothing_else(name: str) -> None:
+    failed = {"__deploy_failure": {"host": "edge1", "phase": "switch", "message": "", "log": []}}
+    fleet = variables(edge1=failed, app1={name: {"failed": True}}, app2={name: {"skipped": True}})
+    assert deploy.play(fleet, "undo_hosts") == ["app1"] == deploy.touched(fleet, ["app1", "app2"])
+
+
+def test_all_of_a_batch_have_to_be_well() -> None:
+    well, hosts = {"__deploy_started": {"changed": True}}, ["app1", "app2"]
+    assert deploy.all_well(variables(app1=well, app2=well), hosts, "__deploy_started")
+    for bad in ({"failed": True}, {"unreachable": True}, {"skipped": True}, {}):
+        assert not deploy.all_well(variables(app1=well, app2={"__deploy_started": bad}), hosts, "__deploy_started")
+
+
+def test_the_verdict_is_on_what_all_hosts_watched() -> None:
+    watched = {"__deploy_watched": {"edge": {"new": counts(50), "old": counts(100)}}}
+    jobs = {"__deploy_watched": {"jobs": {"7": [1, 9], "6": [0, 9], "5": [9, 9]}}}
+    found = deploy.verdict(variables(edge1=watched, app1=jobs), ["edge1", "app1"], LIMITS)
+    assert found["verdict"] == "pass" and found["figures"]["jobs"] == [[1, 9], [0, 9]]
+    assert found["told"].startswith("requests 50 (old 100), failed 0")
+
+
+@pytest.mark.parametrize("kind", ["prepared on the edge", "drained from the first host"])
+def test_after_a_switch_the_old_release_counts_as_it_did_before(kind: str) -> None:
+    edge: dict[str, Any] = {"__deploy_watched": {"edge": {"new": counts(50, 5), "old": counts(0)}}}
+    app: dict[str, Any] = {}
+    if kind == "prepared on the edge":
+        edge["__deploy_prepared"] = {"old": counts(100, 30)}
+    else:
+        app["__deploy_drained"] = {"results": [{"old": counts(60, 20)}, {"old": counts(40, 10)}]}
+    found = deploy.verdict(variables(edge1=edge, app1=app), ["edge1", "app1", "app2"], LIMITS)
+    assert found["figures"]["errors"] == [5, 30] and found["verdict"] == "pass"
