@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -69,10 +70,16 @@ def plan(
     facts: deploy_plan.Facts,
     file: Mapping[str, Any],
     options: Mapping[str, Any],
-    applied: Mapping[str, str] | None = None,
+    schema: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return :func:`deploy_plan.plan` for this controller and moment."""
-    return deploy_plan.plan(facts, file, {**options, "applied": applied or {}}, controller(), is_dead, time.time())
+    """Return :func:`deploy_plan.plan` for this controller and moment. *schema*: result of ``db status``, if it was asked."""
+    known = {**options, "applied": {}, "schema_error": ""}
+    if not schema.get("skipped"):
+        try:
+            known["applied"] = json.loads(schema["outputs"][0]).get("applied", {})
+        except (KeyError, IndexError, ValueError):
+            known["schema_error"] = str(schema.get("msg", "no answer")).strip()
+    return deploy_plan.plan(facts, file, known, controller(), is_dead, time.time())
 
 
 def play(hostvars: Mapping[str, Mapping[str, Any]] | None, name: str) -> list[str]:

@@ -389,6 +389,8 @@ def schema_findings(result: Mapping[str, Any], fleet: Fleet, options: Options) -
     applied: Mapping[str, str] = options.get("applied") or {}
     release = result["release"]
     mine = (release.get("schema") or {}).get("revisions", [])
+    if options.get("schema_error"):
+        return [f"The database cannot be asked for its schema, on which this depends: {options['schema_error']}"]
     gap = [revision for revision, phase in applied.items() if phase == "contract" and revision not in mine]
     found = []
     if gap and mine:

@@ -6,6 +6,7 @@ from typing import Any
 
 import deploy
 import pytest
+from ansible.module_utils import deploy_plan
 
 LIMITS = {"samples": 20, "error_percent": 1.0, "slow_percent": 10.0, "slow_ms": 100, "job_percent": 10.0}
 PLAN: dict[str, Any] = {
@@ -77,3 +78,22 @@ def test_after_a_switch_the_old_release_counts_as_it_did_before(kind: str) -> No
         app["__deploy_drained"] = {"results": [{"old": counts(60, 20)}, {"old": counts(40, 10)}]}
     found = deploy.verdict(variables(edge1=edge, app1=app), ["edge1", "app1", "app2"], LIMITS)
     assert found["figures"]["errors"] == [5, 30] and found["verdict"] == "pass"
+
+
+@pytest.mark.parametrize(
+    ("answer", "applied", "error"),
+    [
+        ({"skipped": True}, {}, ""),
+        ({"outputs": ['{"applied": {"0001": "expand"}}']}, {"0001": "expand"}, ""),
+        ({"outputs": ['{"current": "0001"}']}, {}, ""),
+        ({"failed": True, "msg": "no connection"}, {}, "no connection"),
+        ({"unreachable": True, "msg": "gone"}, {}, "gone"),
+    ],
+    ids=["not asked", "answered", "by an older release", "failed", "unreachable"],
+)
+def test_what_the_database_said_of_its_schema(
+    monkeypatch: pytest.MonkeyPatch, answer: dict[str, Any], applied: dict[str, str], error: str
+) -> None:
+    monkeypatch.setattr(deploy_plan, "plan", lambda _facts, _file, options, *_: dict(options))
+    found = deploy.plan({}, {}, {}, answer)
+    assert (found["applied"], found["schema_error"]) == (applied, error)

@@ -484,6 +484,11 @@ def test_a_release_older_than_what_the_database_needs_is_refused() -> None:
     assert decide(fleet(), applied=APPLIED | {"0003": "expand"})["findings"] == []
 
 
+def test_a_schema_that_has_to_be_known_and_is_not_forbids_the_deploy() -> None:
+    (finding,) = decide(fleet(), schema_error="no connection")["findings"]
+    assert "cannot be asked for its schema" in finding and finding.endswith("no connection")
+
+
 def test_so_is_a_rollback_to_one() -> None:
     facts = fleet(app1=history(3, 4), app2=history(3, 4))
     assert "0003" in rollback(facts, applied=APPLIED)["findings"][0]
