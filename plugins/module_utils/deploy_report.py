@@ -227,8 +227,7 @@ def steps(watches: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         sides = []
         for number, side in enumerate(("new", "old")):
             requests, errors = figures["requests"][number], figures["errors"][number]
-            slow, milliseconds = figures["slow"][number], figures["milliseconds"][number]
-            jobs = figures["jobs"][number]
+            slow, jobs = figures["slow"][number], figures["jobs"][number]
             sides.append(
                 {
                     "side": side,
@@ -236,7 +235,6 @@ def steps(watches: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                     "errors": f"{errors:.0f}",
                     "share": 100 * requests / max(1, sum(figures["requests"])),
                     "slow": f"{slow[0]:.0f} of {slow[1]:.0f}",
-                    "milliseconds": "-" if milliseconds is None else f"{milliseconds:.0f}",
                     "jobs": f"{jobs[0]:.0f} of {jobs[1]:.0f}",
                 }
             )
