@@ -49,7 +49,7 @@ def test_too_few_samples_are_never_success(count: int) -> None:
 @pytest.mark.parametrize(
     ("new", "said"),
     [
-        (seen(20, errors=1), "1 of 20 (5.0 %) requests failed, of the old release 0 of 400"),
+        (seen(20, errors=4), "4 of 20 (20.0 %) requests failed, of the old release 0 of 400"),
         (seen(5, errors=2), "2 of 5 (40.0 %) requests failed"),
         (seen(100, errors=100), "100 of 100"),
         (
@@ -90,17 +90,41 @@ def test_without_an_old_release_failures_still_count() -> None:
     assert judge(seen(50, errors=25), seen(0)) == "fail"
 
 
-def test_equal_releases_seldom_fail_and_a_broken_one_always_does() -> None:
-    """2,000 canaries of 50 requests at an error rate of 2 % on both sides, and 200 with 30 % on the new one."""
+@pytest.mark.parametrize(
+    ("new", "old", "what", "least", "most"),
+    [
+        (0.05, 0.05, "slow", 0, 2),
+        (0.02, 0.02, "errors", 0, 2),
+        (0.005, 0.005, "errors", 0, 2),
+        (0.1, 0.0, "errors", 99, 100),
+        (0.3, 0.05, "slow", 99, 100),
+    ],
+)
+def test_looking_often_convicts_the_guilty_and_seldom_the_innocent(
+    new: float, old: float, what: str, least: int, most: int
+) -> None:
+    """200 canaries at 5 % of traffic, each looked at after every second request of 300: percent that fail."""
     chance = random.Random(7)  # noqa: S311 - repeatable
 
-    def errors(count: int, rate: float) -> int:
+    def events(count: int, rate: float) -> int:
         return sum(chance.random() < rate for _ in range(count))
 
-    equal = [judge(seen(50, errors(50, 0.02)), seen(950, errors(950, 0.02))) for _ in range(2000)]
-    assert equal.count("fail") / len(equal) < 0.06
-    broken = [judge(seen(50, errors(50, 0.3)), seen(950, errors(950, 0.02))) for _ in range(200)]
-    assert broken.count("fail") / len(broken) > 0.98
+    def side(bad: int, count: int) -> dict[str, Any]:
+        if what == "errors":
+            return seen(count, bad, histogram={})
+        return seen(count, histogram=histogram(within25=count - bad, within2500=bad))
+
+    def fails() -> bool:
+        totals = [0, 0, 0, 0]
+        for _ in range(150):
+            for index, (count, rate) in enumerate(((2, new), (38, old))):
+                totals[2 * index] += events(count, rate)
+                totals[2 * index + 1] += count
+            if judge(side(*totals[:2]), side(*totals[2:])) == "fail":
+                return True
+        return False
+
+    assert least <= sum(fails() for _ in range(200)) / 2 <= most
 
 
 # HAProxy's counters
