@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,6 +89,12 @@ def deploy(lab: Lab, release: str, strategy: str, *arguments: str) -> Step:
     return play(lab, "deploy", *_wanted(release, strategy), *arguments)
 
 
+def roll_back(lab: Lab) -> Step:
+    """Return to the last good deployment."""
+    environment = lab.facts()["_meta"]["hostvars"][lab.group("app")[0]]["atlas_environment"]
+    return play(lab, "rollback", "-e", f"confirm={environment}", "-e", json.dumps(QUICK))
+
+
 def deploy_command(lab: Lab, release: str, strategy: str) -> list[str]:
     """Return the command of the same deploy, for who wants to watch it or to kill it."""
     return ["ansible-playbook", "-i", str(lab.inventory), "playbooks/deploy.yml", *_wanted(release, strategy)]
@@ -163,9 +169,9 @@ class Load:
 
 
 @contextmanager
-def load(lab: Lab, rate: float, slow_seconds: float = 2.0) -> Iterator[Load]:
-    """POST at *rate* per second through every edge meanwhile, with a witness on each; see Traffic."""
-    edges = lab.group("edge")
+def load(lab: Lab, rate: float, slow_seconds: float = 2.0, edges: Sequence[str] = ()) -> Iterator[Load]:
+    """POST at *rate* per second through *edges* (default: every edge) meanwhile, with a witness on each; see Traffic."""
+    edges = list(edges) or lab.group("edge")
     parts = urlsplit(lab.url)
     urls = [
         parts._replace(netloc=parts.netloc.replace(str(parts.hostname), lab.hosts[edge])).geturl() for edge in edges

@@ -40,7 +40,8 @@ class Share(NamedTuple):
         n = self.all
         if not n:
             return 1.0 if sign > 0 else 0.0
-        p, z2 = min(1.0, self.rate), Z * Z
+        # Counters that are read while they move may be off by one.
+        p, z2 = min(1.0, max(0.0, self.rate)), Z * Z
         middle = p + z2 / (2 * n)
         spread = Z * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
         return (middle + sign * spread) / (1 + z2 / n)

@@ -29,7 +29,7 @@ APP = """
 
 def _spoiled(create):
     import os, signal, threading, time
-    from flask import request
+    from flask import jsonify, request
 
     def spoiled(*arguments):
         app, count, hoard = create(*arguments), iter(range(10**9)), []
@@ -42,10 +42,10 @@ def _spoiled(create):
 create_app = _spoiled(create_app)
 """
 
-ON_POST = """
+ON_REQUEST = """
         @app.before_request
         def spoil():
-            if request.method == "POST":
+            if {wanted}:
                 {deed}
 """
 
@@ -76,7 +76,7 @@ def _app(body: str) -> dict[str, str]:
 
 
 def _post(deed: str) -> dict[str, str]:
-    return _app(ON_POST.format(deed=deed))
+    return _app(ON_REQUEST.format(wanted="request.method == 'POST'", deed=deed))
 
 
 def _newest() -> str:
@@ -110,7 +110,11 @@ SPOILINGS = {
     ),
     "never_ready": Spoiling(
         "/readyz never says yes",
-        {f"{PACKAGE}/api/health.py": "\n\ndef _checks(shared):\n    return {'warm-up': 'is not done'}\n"},
+        _app(
+            ON_REQUEST.format(
+                wanted="request.path == '/readyz'", deed="return jsonify(checks={'warm-up': 'is not done'}), 503"
+            )
+        ),
     ),
     "crashes_when_used": Spoiling(
         "the API dies of its third document",
@@ -155,9 +159,16 @@ SPOILINGS = {
 }  # fmt: skip
 
 
+def another(name: str) -> Spoiling:
+    """Return what makes ``good_NAME``: one more good release. Raises KeyError for a name that is none."""
+    if not name.startswith("good_"):
+        raise KeyError(name)
+    return Spoiling(f"nothing: good release {name}", {f"{PACKAGE}/__init__.py": f"\n# {name}\n"})
+
+
 def build(name: str) -> Path:
-    """Return the archive of the release that is spoiled as *name* says; its signature is beside it."""
-    spoiling = SPOILINGS[name]
+    """Return the archive of the release that is spoiled as *name* says; its signature is beside it. Raises KeyError."""
+    spoiling = SPOILINGS.get(name) or another(name)
     CACHE.mkdir(parents=True, exist_ok=True)
     with (CACHE / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
