@@ -35,9 +35,9 @@ def cli() -> None:
 
 def main() -> None:
     """Run the command. Whatever is wrong is said in one clear line: exit 2 for settings, 1 for the rest."""
-    from sqlalchemy.exc import SQLAlchemyError  # noqa: PLC0415
+    from sqlalchemy.exc import SQLAlchemyError
 
-    from atlas.crypto import KeyringError  # noqa: PLC0415
+    from atlas.crypto import KeyringError
 
     try:
         cli.main(prog_name="atlas", standalone_mode=True)
@@ -55,7 +55,7 @@ def main() -> None:
 
 @contextmanager
 def open_database() -> Iterator[Database]:
-    from atlas.db import Database  # noqa: PLC0415
+    from atlas.db import Database
 
     database = Database(load_settings())
     try:
@@ -70,7 +70,7 @@ def report(values: Any, as_json: bool, text: str) -> None:
 
 def moment(value: str | None) -> int | None:
     """A moment given in RFC 3339, in milliseconds."""
-    from atlas.db import milliseconds  # noqa: PLC0415
+    from atlas.db import milliseconds
 
     try:
         return None if value is None else milliseconds(value)
@@ -120,7 +120,7 @@ def config_check(as_json: bool) -> None:
 @json_option
 def doctor(as_json: bool) -> None:
     """Find and explain what is wrong on this host, with the command that mends it: exit 1 if that is an error."""
-    from atlas.doctor import examine  # noqa: PLC0415
+    from atlas.doctor import examine
 
     found = list(examine())
     lines = [f"{each.level}: {each.check}: {each.message}\n    mend: {each.mend}" for each in found]
@@ -138,7 +138,7 @@ def db() -> None:
 @json_option
 def db_migrate(contract: bool, as_json: bool) -> None:
     """Bring the schema to this release's head, by changes that older releases can live with."""
-    from atlas.migrations import MigrationError, migrate  # noqa: PLC0415
+    from atlas.migrations import MigrationError, migrate
 
     with open_database() as database:
         try:
@@ -153,7 +153,7 @@ def db_migrate(contract: bool, as_json: bool) -> None:
 @json_option
 def db_status(as_json: bool) -> None:
     """Say where the schema is, and whether this release can serve on it."""
-    from atlas.migrations import SchemaStatus, head, status  # noqa: PLC0415
+    from atlas.migrations import SchemaStatus, head, status
 
     path = make_url(load_settings().database_url)
     if path.get_backend_name() == "sqlite" and not os.path.exists(path.database or ""):
@@ -172,7 +172,7 @@ def db_status(as_json: bool) -> None:
 @json_option
 def db_snapshot(target: Path, as_json: bool) -> None:
     """Copy a SQLite store, as it is at one moment, to the file TARGET."""
-    from atlas.snapshot import SnapshotError, take  # noqa: PLC0415
+    from atlas.snapshot import SnapshotError, take
 
     url = make_url(load_settings().database_url)
     if url.get_backend_name() != "sqlite":
@@ -188,7 +188,7 @@ def db_snapshot(target: Path, as_json: bool) -> None:
 @json_option
 def db_contents(as_json: bool) -> None:
     """Count what the store holds."""
-    from atlas.snapshot import contents  # noqa: PLC0415
+    from atlas.snapshot import contents
 
     with open_database() as database:
         values = contents(database)
@@ -199,8 +199,8 @@ def db_contents(as_json: bool) -> None:
 @json_option
 def db_verify(as_json: bool) -> None:
     """Check that this release can live on the store: integrity, schema, sensitive fields, audit log, search."""
-    from atlas.crypto import Keyring  # noqa: PLC0415
-    from atlas.snapshot import verify  # noqa: PLC0415
+    from atlas.crypto import Keyring
+    from atlas.snapshot import verify
 
     keyring = Keyring.from_secret(load_settings().fernet_keys)
     with open_database() as database:
@@ -218,7 +218,7 @@ def tokens() -> None:
 @json_option
 def tokens_apply(as_json: bool) -> None:
     """Make the store hold exactly the tokens of the credential `tokens`."""
-    from atlas.tokens import Tokens  # noqa: PLC0415
+    from atlas.tokens import Tokens
 
     with open_database() as database:
         changed = Tokens(database).apply(load_settings().tokens)
@@ -229,8 +229,8 @@ def tokens_apply(as_json: bool) -> None:
 @json_option
 def tokens_list(as_json: bool) -> None:
     """List the tokens of the store, with what they may do and when they expire; secrets are known to nobody."""
-    from atlas.db import rfc3339  # noqa: PLC0415
-    from atlas.tokens import listed  # noqa: PLC0415
+    from atlas.db import rfc3339
+    from atlas.tokens import listed
 
     times = ("expires_at", "disabled_at", "created_at")
     with open_database() as database:
@@ -256,7 +256,7 @@ def admission() -> None:
 @json_option
 def admission_admit(deployment: int, concurrency: int | None, alone: bool, as_json: bool) -> None:
     """Let a deployment claim jobs."""
-    from atlas.admission import admit  # noqa: PLC0415
+    from atlas.admission import admit
 
     with open_database() as database:
         changed = admit(database, deployment, concurrency, alone)
@@ -268,7 +268,7 @@ def admission_admit(deployment: int, concurrency: int | None, alone: bool, as_js
 @json_option
 def admission_dismiss(deployment: int, as_json: bool) -> None:
     """Let a deployment claim no more jobs."""
-    from atlas.admission import dismiss  # noqa: PLC0415
+    from atlas.admission import dismiss
 
     with open_database() as database:
         changed = dismiss(database, deployment)
@@ -279,7 +279,7 @@ def admission_dismiss(deployment: int, as_json: bool) -> None:
 @json_option
 def admission_list(as_json: bool) -> None:
     """List what was decided for each deployment."""
-    from atlas.admission import admissions  # noqa: PLC0415
+    from atlas.admission import admissions
 
     with open_database() as database:
         found = admissions(database)
@@ -302,7 +302,7 @@ def admission_list(as_json: bool) -> None:
 @json_option
 def audit(since: str | None, until: str | None, limit: int, as_json: bool, **filters: str | None) -> None:
     """List who did what to which object, newest first."""
-    from atlas.audit import records, shown  # noqa: PLC0415
+    from atlas.audit import records, shown
 
     with open_database() as database:
         found, _ = records(database, filters, limit, since=moment(since), until=moment(until))
@@ -326,10 +326,10 @@ def feeds() -> None:
 
 @contextmanager
 def open_feeds() -> Iterator[Feeds]:
-    from atlas.crypto import Keyring  # noqa: PLC0415
-    from atlas.documents import Documents  # noqa: PLC0415
-    from atlas.feeds import Feeds  # noqa: PLC0415
-    from atlas.runtime import open_queue  # noqa: PLC0415
+    from atlas.crypto import Keyring
+    from atlas.documents import Documents
+    from atlas.feeds import Feeds
+    from atlas.runtime import open_queue
 
     settings = load_settings()
     with open_database() as database:
@@ -360,8 +360,8 @@ def feeds_list(as_json: bool) -> None:
 @json_option
 def feeds_add(url: str, tags: tuple[str, ...], priority: str, interval_seconds: int | None, as_json: bool) -> None:
     """Subscribe to the feed at URL. One that needs credentials is added through the API."""
-    from atlas.audit import operator, record  # noqa: PLC0415
-    from atlas.documents import InvalidDocument  # noqa: PLC0415
+    from atlas.audit import operator, record
+    from atlas.documents import InvalidDocument
 
     values: dict[str, Any] = {"tags": tags, "priority": PRIORITIES[priority]}
     if interval_seconds is not None:
@@ -394,7 +394,7 @@ def feeds_poll(feed_id: str, as_json: bool) -> None:
 @json_option
 def feeds_remove(feed_id: str, as_json: bool) -> None:
     """End a subscription; the documents it brought stay."""
-    from atlas.audit import operator, record  # noqa: PLC0415
+    from atlas.audit import operator, record
 
     with open_feeds() as opened, opened.database.write() as connection:
         if not opened.remove(connection, feed_id):
@@ -410,7 +410,7 @@ def keys() -> None:
 
 @contextmanager
 def open_keyring() -> Iterator[tuple[Database, Keyring]]:
-    from atlas.crypto import Keyring  # noqa: PLC0415
+    from atlas.crypto import Keyring
 
     with open_database() as database:
         yield database, Keyring.from_secret(load_settings().fernet_keys)
@@ -420,7 +420,7 @@ def open_keyring() -> Iterator[tuple[Database, Keyring]]:
 @json_option
 def keys_status(as_json: bool) -> None:
     """Count what each key has encrypted, newest key first."""
-    from atlas.keys import progress  # noqa: PLC0415
+    from atlas.keys import progress
 
     with open_keyring() as (database, keyring), database.read() as connection:
         found = progress(connection, keyring)
@@ -434,7 +434,7 @@ def keys_status(as_json: bool) -> None:
 @json_option
 def keys_reencrypt(as_json: bool) -> None:
     """Encrypt with the newest key what older keys encrypted. Safe to repeat, also after it was killed."""
-    from atlas.keys import reencrypt  # noqa: PLC0415
+    from atlas.keys import reencrypt
 
     with open_keyring() as (database, keyring):
         done, unreadable = reencrypt(database, keyring)
@@ -447,7 +447,7 @@ def keys_reencrypt(as_json: bool) -> None:
 @json_option
 def keys_retire_check(as_json: bool) -> None:
     """Say whether all keys but the newest may leave the keyring: exit 1 if something still needs one."""
-    from atlas.keys import progress  # noqa: PLC0415
+    from atlas.keys import progress
 
     with open_keyring() as (database, keyring), database.read() as connection:
         found = progress(connection, keyring)

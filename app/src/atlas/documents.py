@@ -550,7 +550,7 @@ def _position(cursor: str) -> int:
 def new_id() -> str:
     """A new id: 26 characters that sort by time (48 bits of milliseconds, 80 random bits)."""
     # Nothing rests on an id being hard to guess; each process draws its own numbers.
-    value = time.time_ns() // 1_000_000 << 80 | random.getrandbits(80)  # noqa: S311
+    value = time.time_ns() // 1_000_000 << 80 | random.getrandbits(80)
     return "".join([_PAIRS[value >> shift & 1023] for shift in range(120, -1, -10)])
 
 

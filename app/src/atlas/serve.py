@@ -212,7 +212,7 @@ class Application(BaseApplication):  # type: ignore[misc]
             self.cfg.set(name, value)
 
     def load(self) -> Flask:
-        from atlas.api import create_app  # noqa: PLC0415 - see run()
+        from atlas.api import create_app  # see run()
 
         return create_app(self.settings, self.identity)
 
@@ -263,7 +263,7 @@ def run() -> None:
             # Read by prometheus_client when it is imported: several processes then count together.
             directory = stack.enter_context(tempfile.TemporaryDirectory(dir=os.environ.get("RUNTIME_DIRECTORY")))
             os.environ["PROMETHEUS_MULTIPROC_DIR"] = directory
-        import atlas.api  # noqa: F401, PLC0415 - before the fork, so that the workers share its memory
+        import atlas.api  # noqa: F401 - before the fork, so that the workers share its memory
 
         gc.freeze()
         Application(settings, identity, port, notifier).run()

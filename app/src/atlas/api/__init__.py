@@ -96,7 +96,7 @@ def create_app(settings: Settings, identity: Identity) -> Flask:
         environ, scope = request.environ, g._get_current_object()
         scope.began = time.perf_counter()
         given = environ.get("HTTP_X_REQUEST_ID", "")
-        scope.request_id = given if _REQUEST_ID.fullmatch(given) else f"{random.getrandbits(64):016x}"  # noqa: S311
+        scope.request_id = given if _REQUEST_ID.fullmatch(given) else f"{random.getrandbits(64):016x}"
         clear_contextvars()
         bind_contextvars(request_id=scope.request_id)
         if environ["PATH_INFO"].startswith("/v1/") and shared.pulse.known_problems():
