@@ -219,8 +219,10 @@ def test_the_services_wait_for_the_database_and_then_do_their_work(tmp_path: Pat
         wait_for(lambda: 'atlas_leader{owner="test1/blue/services/' in metrics(), 20, "there is a leader")
         for line in ("atlas_sqlite_vulnerable 0.0", "atlas_database_up 1.0", "atlas_deployments_admitted 1.0"):
             assert line in metrics()
+        # The probe is told at once, the rest by the last sample, which may be from before a service was there.
         for service in ports:
-            assert f'atlas_service_heartbeat_age_seconds{{host="test1",service="{service}",slot="blue"}}' in metrics()
+            beat = f'atlas_service_heartbeat_age_seconds{{host="test1",service="{service}",slot="blue"}}'
+            wait_for(lambda beat=beat: beat in metrics(), 15, f"{service} is in a sample")
         for service, (process, ear) in started.items():
             wait_for(lambda ear=ear: ear.count("WATCHDOG=1") >= 2, 15, f"{service} feeds the watchdog")
             assert stop(process, 20) < 15
