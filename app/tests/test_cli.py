@@ -5,9 +5,25 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
+from click.testing import CliRunner, Result
+from conftest import open_database
 from running import Deployment
+from sqlalchemy import func, select
+
+from atlas import admission
+from atlas.audit import operator, records
+from atlas.breakers import Limits
+from atlas.cli import cli
+from atlas.crypto import Keyring
+from atlas.db import Database
+from atlas.documents import Documents, Submission
+from atlas.queue import Queue
+from atlas.schema import documents, hosts, jobs
+from atlas.settings import Settings
 
 
 @pytest.fixture
@@ -91,3 +107,105 @@ def test_a_database_that_is_away_is_one_line(deployment: Deployment) -> None:
     done = deployment.command("admission", "list")
     assert done.returncode == 1 and done.stderr.startswith("atlas: the database does not answer: ")
     assert "Traceback" not in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.fixture
+def store(deployment: Deployment, database_url: str) -> Iterator[Database]:
+    """A store with three dead letters of two hosts, one of which has an open breaker; the deployment is told of it."""
+    database = open_database(database_url)
+    values = deployment.settings | {"database_url": database_url}
+    values |= {"database_role": "atlas"} if database.dialect == "postgresql" else {}
+    (deployment.directory / "settings.yaml").write_text(yaml.safe_dump(values))
+    admission.admit(database, 1)
+    queue = Queue(database, "w", 1, limits=Limits(failures=1))
+    keys = (deployment.directory / "credentials/atlas_fernet_keys").read_text().split()
+    entry = Documents(database, queue, Keyring(keys), Settings(environment="development", database_url=database_url))
+    for url in ("http://a.test/1", "http://a.test/2", "http://b.test/1"):
+        entry.submit(Submission(url=url, priority=0))
+        [job] = queue.claim()
+        assert queue.fail(job, "not_found", f"404 {url}") == "dead"
+    entry.submit(Submission(url="http://b.test/2"))
+    [job] = queue.claim()
+    queue.fail(job, "timeout", "no answer")
+    yield database
+    database.close()
+
+
+def numbers(database: Database) -> tuple[int, int]:
+    """Dead letters, and documents."""
+    with database.read() as connection:
+        dead = connection.scalar(select(func.count()).where(jobs.c.state == "dead")) or 0
+        return dead, connection.scalar(select(func.count()).select_from(documents)) or 0
+
+
+def run(deployment: Deployment, *arguments: str) -> Result:
+    """A command, in this process: there are many of them here."""
+    return CliRunner().invoke(cli, arguments, env=deployment.environment)
+
+
+def told(deployment: Deployment, *arguments: str) -> Any:
+    done = run(deployment, *arguments, "--json")
+    assert done.exit_code == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def refused(deployment: Deployment, code: int, expected: str, *arguments: str) -> None:
+    done = run(deployment, *arguments)
+    assert done.exit_code == code and expected in done.stderr and done.stdout == ""
+
+
+def test_the_queue_is_shown(deployment: Deployment, store: Database) -> None:
+    found = told(deployment, "queue", "status")
+    assert found["queue"]["dead"] == {"high": 3, "normal": 0, "low": 0}
+    assert found["documents"]["dead"] == 3 and found["dead_letters"] == {"not_found": 3}
+    assert "dead: 3, 3 high" in run(deployment, "queue", "status").stdout
+    listed = told(deployment, "queue", "list", "--state", "ready")
+    assert [job["host"] for job in listed] == ["b.test"]
+    (waiting,) = listed
+    shown = told(deployment, "queue", "show", str(waiting["id"]))
+    assert shown == waiting
+    assert [(event["event"], event["error_class"]) for event in shown["events"]] == [("failed", "timeout")]
+    assert "timeout" in run(deployment, "queue", "show", str(waiting["id"])).stdout
+    ids = [job["id"] for job in told(deployment, "queue", "list")]
+    assert len(ids) == 4 and ids == sorted(ids, reverse=True)
+    page = told(deployment, "queue", "list", "--limit", "1", "--before", str(ids[1]))
+    assert [job["id"] for job in page] == [ids[2]]
+    refused(deployment, 1, "there is no job 99", "queue", "show", "99")
+    refused(deployment, 2, "is not a moment", "queue", "list", "--since", "yesterday")
+    refused(deployment, 2, "not in the range", "queue", "show", str(2**63))
+
+
+def test_dead_letters_are_requeued_and_discarded(deployment: Deployment, store: Database) -> None:
+    listed = told(deployment, "dead-letters", "list", "--host", "a.test")
+    assert [job["error"][:3] for job in listed] == ["404", "404"]
+    first, second = (str(job["id"]) for job in listed)
+    shown = told(deployment, "dead-letters", "show", first)
+    assert [event["event"] for event in shown["events"]] == ["died"]
+    for wrong in ([], [first, "--all"], ["--all", "--host", "a.test"]):
+        refused(deployment, 2, "give a JOB_ID, or filters, or --all", "dead-letters", "discard", *wrong)
+    refused(deployment, 1, "there is no dead letter 99", "dead-letters", "requeue", "99")
+    assert numbers(store) == (3, 4)
+    assert told(deployment, "dead-letters", "requeue", first) == {"count": 1, "change": "requeued"}
+    assert numbers(store) == (2, 4)
+    refused(deployment, 1, f"there is no dead letter {first}", "dead-letters", "show", first)
+    assert told(deployment, "dead-letters", "discard", "--host", "a.test") == {"count": 1, "change": "discarded"}
+    assert numbers(store) == (1, 3)
+    assert told(deployment, "dead-letters", "requeue", "--all") == {"count": 1, "change": "requeued"}
+    assert numbers(store) == (0, 3)
+    assert told(deployment, "dead-letters", "list") == []
+    recorded, _ = records(store, {"object_type": "job", "actor": operator()})
+    done = [(entry["action"], entry["object_id"]) for entry in recorded]
+    assert done == [("requeued", None), ("discarded", None), ("requeued", first)]
+    assert recorded[1]["detail"] == {"host": "a.test", "ids": [int(second)]}
+
+
+def test_breakers_are_listed_and_reset(deployment: Deployment, store: Database) -> None:
+    listed = told(deployment, "breakers", "list", "--state", "open")
+    assert [host["name"] for host in listed] == ["b.test"]
+    assert "b.test open, failures: 1" in run(deployment, "breakers", "list").stdout
+    refused(deployment, 1, "nothing is known of the host c.test", "breakers", "reset", "c.test")
+    assert told(deployment, "breakers", "reset", "b.test") == {"name": "b.test"}
+    with store.read() as connection:
+        assert connection.scalars(select(hosts.c.state).where(hosts.c.name == "b.test")).all() == ["closed"]
+    assert told(deployment, "breakers", "list", "--state", "open") == []
+    assert [entry["action"] for entry in records(store, {"object_type": "breaker"})[0]] == ["reset"]

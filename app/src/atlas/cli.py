@@ -6,7 +6,7 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,9 +19,12 @@ from atlas.schema import PRIORITIES
 from atlas.settings import SettingsError, load_identity, load_settings
 
 if TYPE_CHECKING:
+    from sqlalchemy import Connection
+
     from atlas.crypto import Keyring
     from atlas.db import Database
     from atlas.feeds import Feeds
+    from atlas.queue import Queue, Which
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -317,6 +320,219 @@ def audit(since: str | None, until: str | None, limit: int, as_json: bool, **fil
         for entry in entries
     ]
     report(entries, as_json, "\n".join(lines) or "no record matches")
+
+
+@contextmanager
+def open_jobs() -> Iterator[Queue]:
+    from atlas.runtime import open_queue
+
+    with open_database() as database:
+        yield open_queue(database, "cli", 0, load_settings())
+
+
+def which_jobs(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that choose jobs; see `chosen`."""
+    for option in (
+        click.option("--until", help="The moment to end before, in RFC 3339."),
+        click.option("--since", help="The earliest moment of their end, in RFC 3339."),
+        click.option("--error-class", help="The class of their error: timeout, not_found, ..."),
+        click.option("--host", help="The remote host that they ask, as host[:port]."),
+    ):
+        command = option(command)
+    return command
+
+
+def chosen(state: str | None, host: str | None, error_class: str | None, since: str | None, until: str | None) -> Which:
+    from atlas.queue import Which
+
+    return Which(None, state, host, error_class, moment(since), moment(until))
+
+
+def report_jobs(which: Which, limit: int, before: int | None, as_json: bool) -> None:
+    from atlas.queue import shown
+
+    with open_jobs() as opened:
+        found = [shown(job) for job in opened.find(which, limit, before)[0]]
+    lines = [
+        f"{job['id']} {job['state']} {job['host'] or job['document_id'] or job['kind']}, attempts: {job['attempts']}"
+        + (f", {job['error_class']}: {job['error']}" if job["error_class"] else "")
+        for job in found
+    ]
+    report(found, as_json, "\n".join(lines) or "no job matches")
+
+
+def report_job(which: Which, name: str, as_json: bool) -> None:
+    from atlas.queue import shown
+
+    with open_jobs() as opened:
+        found, _ = opened.find(which, 1)
+    if not found:
+        raise click.ClickException(f"there is no {name}")
+    job = shown(found[0])
+    events = job["events"]
+    lines = [f"{key}: {value}" for key, value in job.items() if key != "events" and value is not None]
+    lines += [" ".join(str(part) for part in event.values() if part is not None) for event in events]
+    report(job, as_json, "\n".join(lines))
+
+
+JOB_ID = click.IntRange(1, 2**63 - 1)
+job_argument = click.argument("job_id", type=JOB_ID)
+limit_option = click.option("--limit", type=click.IntRange(1, 1000), default=50, show_default=True)
+before_option = click.option("--before", type=JOB_ID, help="Continue after the last id of a list.")
+
+
+@cli.group()
+def queue() -> None:
+    """What waits, what runs, and what became of it."""
+
+
+@queue.command("status")
+@json_option
+def queue_status(as_json: bool) -> None:
+    """Show the statistics that /v1/statistics shows."""
+    from atlas.statistics import collect
+
+    with open_jobs() as opened:
+        found = collect(opened.database, opened.stats(), load_settings().queue_limit)
+    states = {name: value for name, value in found["queue"].items() if isinstance(value, dict)}
+    lines = [
+        f"{name}: {sum(counts.values())}" + "".join(f", {count} {key}" for key, count in counts.items() if count)
+        for name, counts in states.items()
+    ]
+    lines += [f"limit: {found['queue']['limit']}", f"oldest: {found['queue']['oldest_ready_seconds']:g} s"]
+    report(found, as_json, "\n".join(lines))
+
+
+@queue.command("list")
+@click.option("--state", type=click.Choice(["ready", "running", "done", "dead"]))
+@which_jobs
+@limit_option
+@before_option
+@json_option
+def queue_list(limit: int, before: int | None, as_json: bool, **wanted: Any) -> None:
+    """List jobs, newest first."""
+    report_jobs(chosen(**wanted), limit, before, as_json)
+
+
+@queue.command("show")
+@job_argument
+@json_option
+def queue_show(job_id: int, as_json: bool) -> None:
+    """Show a job with its history: exit 1 if there is none."""
+    from atlas.queue import Which
+
+    report_job(Which(ids=[job_id]), f"job {job_id}", as_json)
+
+
+@cli.group("dead-letters")
+def dead_letters() -> None:
+    """Jobs that failed for good."""
+
+
+@dead_letters.command("list")
+@which_jobs
+@limit_option
+@before_option
+@json_option
+def dead_letters_list(limit: int, before: int | None, as_json: bool, **wanted: Any) -> None:
+    """List dead letters, newest first."""
+    report_jobs(chosen("dead", **wanted), limit, before, as_json)
+
+
+@dead_letters.command("show")
+@job_argument
+@json_option
+def dead_letters_show(job_id: int, as_json: bool) -> None:
+    """Show a dead letter with the history of its errors: exit 1 if there is none."""
+    from atlas.queue import Which
+
+    report_job(Which(ids=[job_id], state="dead"), f"dead letter {job_id}", as_json)
+
+
+def change_letters(change: str, job_id: int | None, every: bool, as_json: bool, wanted: Mapping[str, Any]) -> None:
+    from atlas.audit import operator, record
+    from atlas.queue import CHANGES, Which, change_many
+
+    make, done = CHANGES[change]
+    given = {name: value for name, value in wanted.items() if value is not None}
+    if [job_id is not None, every, bool(given)].count(True) != 1:
+        raise click.UsageError("give a JOB_ID, or filters, or --all")
+    which = chosen("dead", **wanted)
+
+    def write(connection: Connection, ids: Sequence[int]) -> None:
+        detail = None if job_id else (given or {"all": True}) | {"ids": list(ids)}
+        record(connection, operator(), done, "job", job_id, detail=detail)
+
+    with open_jobs() as opened:
+        if job_id is not None:
+            count = len(make(opened, Which(ids=[job_id]), write))
+        else:
+            count, more = 0, True
+            while more:
+                changed, more = change_many(opened, change, which, write)
+                count += changed
+    if job_id is not None and not count:
+        raise click.ClickException(f"there is no dead letter {job_id}")
+    report({"count": count, "change": done}, as_json, f"{count} dead letters {done}")
+
+
+def changes_letters(command: Callable[..., None]) -> Callable[..., None]:
+    every = click.option("--all", "every", is_flag=True, help="All dead letters.")
+    return click.argument("job_id", type=JOB_ID, required=False)(which_jobs(every(json_option(command))))
+
+
+@dead_letters.command("requeue")
+@changes_letters
+def dead_letters_requeue(job_id: int | None, every: bool, as_json: bool, **wanted: Any) -> None:
+    """Give one dead letter, or those that match, all their attempts again."""
+    change_letters("requeue", job_id, every, as_json, wanted)
+
+
+@dead_letters.command("discard")
+@changes_letters
+def dead_letters_discard(job_id: int | None, every: bool, as_json: bool, **wanted: Any) -> None:
+    """Remove one dead letter, or those that match, with documents that were never processed."""
+    change_letters("discard", job_id, every, as_json, wanted)
+
+
+@cli.group("breakers")
+def breakers_group() -> None:
+    """Remote hosts, and whether they may be asked."""
+
+
+@breakers_group.command("list")
+@click.option("--state", type=click.Choice(["closed", "open", "half_open"]))
+@click.option("--after", help="Continue after the last name of a list.")
+@limit_option
+@json_option
+def breakers_list(state: str | None, after: str | None, limit: int, as_json: bool) -> None:
+    """List the remote hosts of which there is something to remember, by name."""
+    from atlas.breakers import listed
+
+    with open_database() as database:
+        found = [host.as_dict() for host in listed(database, state, limit, after)[0]]
+    lines = [
+        f"{host['name']} {host['state']}, failures: {host['failures']}"
+        + (f", not before {host['next_at']}" if host["next_at"] else "")
+        + (", jobs wait" if host["waiting"] else "")
+        for host in found
+    ]
+    report(found, as_json, "\n".join(lines) or "nothing is known of any host")
+
+
+@breakers_group.command("reset")
+@click.argument("host")
+@json_option
+def breakers_reset(host: str, as_json: bool) -> None:
+    """Close the breaker of HOST, and end any pause: exit 1 if nothing is known of it."""
+    from atlas.audit import operator, record
+    from atlas.breakers import reset
+
+    with open_database() as database, database.write() as connection:
+        if not reset(database, connection, host):
+            raise click.ClickException(f"nothing is known of the host {host}")
+        record(connection, operator(), "reset", "breaker", host)
+    report({"name": host}, as_json, f"the breaker of {host} is closed")
 
 
 @cli.group()

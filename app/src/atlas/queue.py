@@ -47,6 +47,7 @@ ROUNDS = 8
 LANES = 16
 PROBES = 4
 NOBODY = -2
+CHANGED_AT_ONCE, CHANGED_MOST = 1000, 10_000
 STATES = ("ready", "running", "done", "dead")
 _PRIORITY_NAMES = {value: name for name, value in PRIORITIES.items()}
 _SHOWN = ("id", "kind", "document_id", "state", "host", "attempts", "request_id", "error_class", "error")
@@ -606,6 +607,24 @@ class Queue:
             self._record(connection, self.database.now(connection), "discarded", buried, if_dead="discarded")
             remove(connection, [row.id for row in buried])
             return _noted(connection, buried, note)
+
+
+# What may be done with dead letters: how, and the word for it in the audit log.
+CHANGES = {"requeue": (Queue.requeue, "requeued"), "discard": (Queue.discard, "discarded")}
+
+
+def change_many(queue: Queue, change: str, which: Which, note: Note) -> tuple[int, bool]:
+    """Make one of CHANGES to all dead letters that match: how many, and whether some may be left.
+
+    At most CHANGED_MOST at once, in several transactions; `note` is called in each.
+    """
+    make, count = CHANGES[change][0], 0
+    for _ in range(CHANGED_MOST // CHANGED_AT_ONCE):
+        changed = len(make(queue, which, note, CHANGED_AT_ONCE))
+        count += changed
+        if changed < CHANGED_AT_ONCE:
+            return count, False
+    return count, True
 
 
 def remove(connection: Connection, ids: Sequence[int]) -> int:

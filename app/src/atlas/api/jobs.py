@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Literal, Self
 
@@ -16,15 +16,10 @@ from atlas.api.auth import require
 from atlas.api.openapi import LIST_LIMIT, Moment, PageQuery, describe, read_body, read_query
 from atlas.api.problems import Problem
 from atlas.api.state import state
-from atlas.queue import Queue, Which, shown
+from atlas.queue import CHANGES, Which, change_many, shown
 
 blueprint = Blueprint("jobs", __name__, url_prefix="/v1")
-BATCH, BATCHES = 1000, 10
 State = Literal["ready", "running", "done", "dead"]
-_CHANGES: dict[str, tuple[Callable[..., list[int]], str]] = {
-    "requeue": (Queue.requeue, "requeued"),
-    "discard": (Queue.discard, "discarded"),
-}
 
 
 class EventOut(BaseModel):
@@ -199,7 +194,7 @@ def change_one(job_id: int, change: str) -> Response:
 
     With a letter that is discarded goes its document, if that was never processed.
     """
-    make, done = _CHANGES[change]
+    make, done = CHANGES[change]
     if not make(state().queue, Which(ids=[job_id]), lambda connection, _: note(connection, done, "job", job_id)):
         raise Problem(404, f"there is no dead letter {job_id}")
     return jsonify(id=job_id, state=_outcome(change))
@@ -208,22 +203,17 @@ def change_one(job_id: int, change: str) -> Response:
 @blueprint.post("/dead-letters:<any(requeue, discard):change>")
 @require("operate")
 @describe({200: ChangedManyOut}, body=LettersIn)
-def change_many(change: str) -> Response:
+def change_all(change: str) -> Response:
     """Do the same with all dead letters that match, up to 10,000 at once."""
-    make, done = _CHANGES[change]
     given = read_body(LettersIn)
     which = Which(None, None, given.host, given.error_class, given.since, given.until)
 
     def write(connection: Connection, ids: Sequence[int]) -> None:
-        note(connection, done, "job", detail=given.model_dump(exclude_none=True) | {"ids": list(ids)})
+        detail = given.model_dump(exclude_none=True) | {"ids": list(ids)}
+        note(connection, CHANGES[change][1], "job", detail=detail)
 
-    count = 0
-    for _ in range(BATCHES):
-        changed = len(make(state().queue, which, write, BATCH))
-        count += changed
-        if changed < BATCH:
-            break
-    return jsonify(count=count, state=_outcome(change), more=changed == BATCH)
+    count, more = change_many(state().queue, change, which, write)
+    return jsonify(count=count, state=_outcome(change), more=more)
 
 
 def _outcome(change: str) -> str:
