@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,8 +14,10 @@ import ansible.module_utils
 
 ansible.module_utils.__path__.append(str(Path(__file__).resolve().parent.parent / "module_utils"))
 
-from ansible.module_utils import canary, deploy_plan, deploy_status, release  # noqa: E402
+from ansible.module_utils import canary, deploy_plan, deploy_status, release, release_pin, settings_check  # noqa: E402
 from ansible.module_utils.controller import controller, is_dead, judge  # noqa: E402
+
+PROJECT = Path(__file__).resolve().parents[2]
 
 DOCUMENTATION = """
 name: deploy_plan
@@ -29,13 +32,23 @@ options:
 """
 
 
-def release_file(path: str, allowed_signers: str, directory: str) -> dict[str, Any]:
-    """Return the release at *path*, or the newest in *directory* where *path* is empty, checked against its signature.
+def release_file(
+    path: str, allowed_signers: str, directory: str, pin: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return the release at *path*, checked against its signature; where *path* is empty, the pinned or newest in *directory*.
 
-    Comes back with path, id, version, digest, schema and error: what is wrong with it, empty if nothing is.
+    *pin*: what the inventory pins, None where any release may be deployed. Comes back with path, id, version, digest, schema
+    and error: what is wrong with it, empty if nothing is.
     """
     found: dict[str, Any] = {"path": "", "id": None, "version": None, "digest": None, "error": ""}
-    archive = Path(path) if path else newest(Path(directory))
+    try:
+        if pin is not None:
+            release_pin.check(pin)
+        archive = (
+            Path(path) if path else newest(Path(directory)) if pin is None else release_pin.find(Path(directory), pin)
+        )
+    except release_pin.PinError as error:
+        return {**found, "error": str(error)}
     if archive is None:
         return {**found, "error": f"There is no release in {directory}. Build one: make release"}
     found["path"] = path if path else os.path.relpath(archive)
@@ -45,12 +58,14 @@ def release_file(path: str, allowed_signers: str, directory: str) -> dict[str, A
             raise release.ReleaseError(
                 f"{path}: there is no such release. Build one with: make release, and name it: -e release=FILE"
             )
-        release.check_signature(archive, archive.with_name(archive.name + ".sig"), allowed_signers)
+        signer = release.check_signature(archive, archive.with_name(archive.name + ".sig"), allowed_signers)
         manifest = release.read_manifest(archive)
         digest = release.file_digest(archive)
-    except (release.ReleaseError, OSError) as error:
+        version = str(manifest["version"])
+        if pin is not None:
+            release_pin.check_release(pin, version, digest, signer)
+    except (release.ReleaseError, release_pin.PinError, OSError) as error:
         return {**found, "error": str(error)}
-    version = str(manifest["version"])
     return {
         **found,
         "id": release.release_id(version, digest),
@@ -58,6 +73,23 @@ def release_file(path: str, allowed_signers: str, directory: str) -> dict[str, A
         "digest": digest,
         "schema": manifest["schema"],
     }
+
+
+def settings_checked(
+    file: Mapping[str, Any], settings: Mapping[str, Mapping[str, Any]], inventory: str
+) -> dict[str, Any]:
+    """Return *file*, a result of :func:`release_file`, with what its release says of *settings* (host → atlas_settings).
+
+    ``settings``: what it refuses. ``unchecked``: why it could not be asked on this machine. *inventory*: its directory.
+    """
+    result: dict[str, Any] = {**file, "settings": [], "unchecked": ""}
+    if not file.get("error"):
+        try:
+            command = settings_check.launcher(Path(file["file"]), file["digest"], PROJECT / ".cache" / "releases")
+            result["settings"] = settings_check.findings(command, settings, Path(inventory), PROJECT)
+        except (settings_check.CheckError, subprocess.TimeoutExpired) as error:
+            result["unchecked"] = str(error)
+    return result
 
 
 def newest(directory: Path) -> Path | None:
@@ -148,9 +180,11 @@ def changes(facts: deploy_plan.Facts, plan_: Mapping[str, Any]) -> list[str]:
     return deploy_plan.changes(facts, plan_)
 
 
-def status(facts: deploy_plan.Facts, hosts: Sequence[str], edges: Sequence[str]) -> dict[str, Any]:
+def status(
+    facts: deploy_plan.Facts, hosts: Sequence[str], edges: Sequence[str], pin: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Return :func:`deploy_status.status`."""
-    return deploy_status.status(facts, hosts, edges)
+    return deploy_status.status(facts, hosts, edges, pin)
 
 
 def locks(facts: deploy_plan.Facts) -> list[str]:
@@ -171,6 +205,7 @@ class FilterModule:
         """Return the filters by name."""
         return {
             "release_file": release_file,
+            "settings_checked": settings_checked,
             "deploy_plan": plan,
             "deploy_asks_schema": deploy_plan.asks_schema,
             "deploy_summary": deploy_plan.summary,

@@ -81,7 +81,7 @@ def plan(
     if options.get("rollback"):
         findings += _rollback(result, fleet, options)
     else:
-        findings += [release["error"]] if release.get("error") else []
+        findings += [release["error"]] if release.get("error") else release.get("settings", [])
         _deploy(result, fleet, release, options)
         if result["mode"] == "deploy":
             findings += freeze.findings(options["freeze_windows"], options["freeze_override"], now)
@@ -642,6 +642,8 @@ def summary(plan_: Mapping[str, Any], options: Options) -> list[str]:
         f"release      {release.get('id')}  ({release.get('path')})",
         f"in service   {inside}" + (f", slot {plan_['old_slot']}" if plan_["old_slot"] else ""),
     ]
+    if release.get("unchecked"):
+        lines.append(f"settings     are checked on the hosts alone: {release['unchecked']}")
     cleanup = plan_["undo"]
     if cleanup["interrupted"]:
         where = f" on {', '.join(cleanup['hosts'])}" if cleanup["hosts"] else ""

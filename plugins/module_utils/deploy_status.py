@@ -14,13 +14,19 @@ from ansible.module_utils.deploy_plan import Facts, Fleet, answered, when
 CERTIFICATE_DAYS = 14
 
 
-def status(facts: Facts, hosts: Sequence[str], edges: Sequence[str]) -> dict[str, Any]:
+def status(
+    facts: Facts, hosts: Sequence[str], edges: Sequence[str], pin: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Return per app host and edge what is in service, and where it is not what it should be.
 
-    *facts*: host → result of atlas_facts, with settings and credentials compared where something is in service.
+    *facts*: host → result of atlas_facts, with settings and credentials compared where something is in service. *pin*: the
+    release that the inventory pins, None where any may be deployed.
     """
     fleet = Fleet(facts, {"hosts": hosts, "edges": edges})
     app = {host: _app(host, facts, fleet) for host in hosts}
+    for host, row in app.items():
+        if pin and row["reachable"] and row["release"] and facts[host]["digest"] != pin.get("digest"):
+            row["drift"].append(f"the inventory pins {pin.get('version')}-{str(pin.get('digest'))[:12]}")
     return {
         "in_service": {"slot": fleet.home, "deployment": fleet.number},
         "app": app,

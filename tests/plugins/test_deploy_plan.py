@@ -599,6 +599,21 @@ def test_status_of_a_fleet_that_is_well_has_no_drift() -> None:
     assert "3 until 00:16:40 UTC" in lines[1] and " 3? 4 " in lines[1]
 
 
+def test_status_names_a_release_that_is_not_the_pinned_one() -> None:
+    facts = settled(app1=app(number=5, same=True), app2=app(number=5, same=True))
+    for digest, drift in (("d" * 64, []), ("e" * 64, ["the inventory pins 1.1-eeeeeeeeeeee"])):
+        state = deploy_status.status(facts, ["app1", "app2"], ["edge1"], {"version": "1.1", "digest": digest})
+        assert [line for line in state["app"]["app1"]["drift"] if "pins" in line] == drift
+
+
+def test_what_the_release_says_of_the_settings_stops_a_deploy() -> None:
+    wrong = "main.yml:4: queue_limit: is not a number (app1)"
+    assert wrong in decide(fleet(), release=RELEASE | {"settings": [wrong]})["findings"]
+    told = decide(fleet(), release=RELEASE | {"settings": [], "unchecked": "Python 3.12"})
+    assert told["findings"] == []
+    assert any("hosts alone: Python 3.12" in line for line in deploy_plan.summary(told, options()))
+
+
 def test_status_shows_hosts_that_cannot_be_reached() -> None:
     state = status({"app1": {"unreachable": True, "msg": "gone"}}, ("app1",))
     assert "not reachable" in deploy_status.table(state)
