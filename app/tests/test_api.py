@@ -40,7 +40,7 @@ def app(database_url: str) -> Iterator[Flask]:
     store = open_database(database_url)
     Tokens(store).apply(
         [
-            TokenSpec(name="all", sha256=digest(ALL), scopes=["ingest", "read", "operate"]),
+            TokenSpec(name="all", sha256=digest(ALL), scopes=["ingest", "read", "operate"], limits=None),
             TokenSpec(name="reader", sha256=digest(READ_ONLY), scopes=["read"]),
             TokenSpec(name="limited", sha256=digest(LIMITED), scopes=["read"], limits=TokenLimits(per_minute=2)),
         ]

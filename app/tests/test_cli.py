@@ -56,6 +56,17 @@ def test_tokens_are_applied_once(deployment: Deployment) -> None:
     assert answer(deployment, "tokens", "apply") == {"changed": 0}
 
 
+def test_a_token_has_the_usual_limits_unless_it_is_given_none(deployment: Deployment) -> None:
+    path = deployment.directory / "credentials/atlas_tokens"
+    specs = [{"name": name, "sha256": name * 64, "scopes": ["read"]} for name in ("a", "b")]
+    path.write_text(json.dumps([specs[0], specs[1] | {"limits": None}]))
+    for arguments in (["db", "migrate"], ["tokens", "apply"]):
+        told(deployment, *arguments)
+    limits = {token["name"]: token["limits"] for token in told(deployment, "tokens", "list")}
+    assert limits == {"a": {"per_minute": 60, "per_hour": 1000}, "b": None}
+    assert "a read at most 60/min, 1000/h" in run(deployment, "tokens", "list").stdout
+
+
 def test_deployments_are_admitted_and_dismissed(deployment: Deployment) -> None:
     answer(deployment, "db", "migrate")
     assert answer(deployment, "admission", "admit", "3", "--concurrency", "1") == {"id": 3, "changed": True}

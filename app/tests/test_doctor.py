@@ -275,8 +275,8 @@ def test_tokens_are_listed_without_their_hashes(host: Host) -> None:
     host.execute(insert(tokens_table).values(name="old", sha256="0" * 64, scopes=["read"], created_at=0, disabled_at=1))
     lines = CliRunner().invoke(cli, ["tokens", "list"]).output.splitlines()
     assert lines == [
-        "old read disabled 1970-01-01T00:00:00.001Z",
-        "test ingest,read,operate expires 2023-11-14T22:13:20.000Z",
+        "old read without limits disabled 1970-01-01T00:00:00.001Z",
+        "test ingest,read,operate without limits expires 2023-11-14T22:13:20.000Z",
     ]
     listed = json.loads(CliRunner().invoke(cli, ["tokens", "list", "--json"]).output)
     assert [token["name"] for token in listed] == ["old", "test"] and "sha256" not in listed[0]

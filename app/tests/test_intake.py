@@ -104,7 +104,7 @@ def test_a_batch_meets_a_full_queue_line_by_line(client: FlaskClient) -> None:
 def limited(app: Flask) -> FlaskClient:
     """A client whose token may take in three documents in a minute."""
     tokens = [
-        TokenSpec(name="all", sha256=digest(ALL), scopes=["ingest", "read", "operate"]),
+        TokenSpec(name="all", sha256=digest(ALL), scopes=["ingest", "read", "operate"], limits=None),
         TokenSpec(name="three", sha256=digest(LIMITED), scopes=["ingest"], limits=TokenLimits(per_minute=3)),
     ]
     Tokens(store_of(app)).apply(tokens)
@@ -202,7 +202,9 @@ def test_the_same_key_and_body_get_the_same_answer(client: FlaskClient, app: Fla
 
 
 def test_keys_belong_to_their_token(client: FlaskClient, app: Flask) -> None:
-    tokens = [TokenSpec(name=secret[-1], sha256=digest(secret), scopes=["ingest"]) for secret in (ALL, LIMITED)]
+    tokens = [
+        TokenSpec(name=secret[-1], sha256=digest(secret), scopes=["ingest"], limits=None) for secret in (ALL, LIMITED)
+    ]
     Tokens(store_of(app)).apply(tokens)
     answers = [
         client.post(

@@ -50,6 +50,17 @@ def test_file_credentials_and_arguments_are_joined(write: Write) -> None:
     assert "pw" not in repr(settings)
 
 
+def test_a_token_without_limits_has_the_usual_ones(write: Write) -> None:
+    given = ({}, {"limits": {"per_minute": 7}}, {"limits": None})
+    specs = [{"name": str(n), "sha256": str(n) * 64, "scopes": ["read"]} | limits for n, limits in enumerate(given)]
+    for settings, usual in (({}, (60, 1000)), ({"token_requests_per_minute": 5, "token_requests_per_hour": 9}, (5, 9))):
+        write(GOOD | settings, tokens=json.dumps(specs))
+        without, partly, none = (token.limits for token in load_settings().tokens)
+        assert without is not None and (without.per_minute, without.per_hour) == usual
+        assert partly is not None and (partly.per_minute, partly.per_hour) == (7, usual[1])
+        assert none is None
+
+
 def test_systemd_names_the_credentials_too(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(GOOD, fernet_keys="a")
     monkeypatch.delenv("ATLAS_CREDENTIALS_DIRECTORY")

@@ -296,7 +296,7 @@ def test_tokens_authenticate_by_hash(database: Database) -> None:
     one, two = tokens.authenticate("one"), tokens.authenticate("two")
     assert one is not None and two is not None
     assert (one.scopes, one.limits) == (frozenset({"ingest", "read"}), TokenLimits(per_minute=2))
-    assert two.limits is None
+    assert two.limits == TokenLimits(per_minute=60, per_hour=1000)
     assert tokens.authenticate("three") is None
     assert tokens.authenticate("\ud800") is None
 

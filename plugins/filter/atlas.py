@@ -14,7 +14,9 @@ description: Replaces each token by its SHA-256 digest and returns the list as J
 positional: _input
 options:
   _input:
-    description: Tokens, each with C(name), C(token), C(scopes) and C(limits).
+    description: >-
+      Tokens, each with C(name), C(token), C(scopes) and C(limits). Without C(limits) a token has the usual ones; one
+      that is to have none says C(limits: null).
     type: list
     elements: dict
     required: true
@@ -22,15 +24,15 @@ options:
 
 
 def token_credentials(tokens: Iterable[Mapping[str, Any]]) -> str:
-    """Return *tokens* as the JSON credential ``tokens``: name, sha256 (hex), scopes, limits."""
+    """Return *tokens* as the JSON credential ``tokens``: name, sha256 (hex), scopes, limits if given."""
     return json.dumps(
         [
             {
                 "name": token["name"],
                 "sha256": hashlib.sha256(token["token"].encode()).hexdigest(),
                 "scopes": list(token["scopes"]),
-                "limits": token.get("limits"),
             }
+            | {key: token[key] for key in ("limits",) if key in token}
             for token in tokens
         ],
         sort_keys=True,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from runpy import run_path
 from typing import Any
 
 import pytest
@@ -43,6 +45,16 @@ def test_a_weak_or_malformed_value_is_named_and_not_quoted(name: str, value: Any
     assert error.startswith(name)
     assert says in error
     assert "atl_x" not in error
+
+
+def test_only_a_token_that_says_so_is_without_limits() -> None:
+    given = ({"limits": None}, {}, {"limits": {"per_minute": 5}})
+    entries = [{"name": "a", "token": "atl_" + "x" * 43, "scopes": ["read"]} | limits for limits in given]
+    token_credentials = run_path(str(PROJECT / "plugins/filter/atlas.py"))["token_credentials"]
+    made = json.loads(token_credentials(entries))
+    assert [{key: entry[key] for key in entry.keys() & {"limits"}} for entry in made] == list(given)
+    [operator] = generate()["vault_atlas_tokens"]
+    assert json.loads(token_credentials([operator]))[0]["limits"] is None
 
 
 def test_missing_and_unknown_entries_are_named() -> None:

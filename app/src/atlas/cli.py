@@ -240,6 +240,11 @@ def tokens_list(as_json: bool) -> None:
         found = [token | {name: rfc3339(token[name]) for name in times} for token in listed(database)]
     lines = [
         f"{token['name']} {','.join(token['scopes'])}"
+        + (
+            " at most {per_minute}/min, {per_hour}/h".format(**token["limits"])
+            if token["limits"]
+            else " without limits"
+        )
         + (f" expires {token['expires_at']}" if token["expires_at"] else "")
         + (f" disabled {token['disabled_at']}" if token["disabled_at"] else "")
         for token in found

@@ -57,7 +57,9 @@ class TokenSpec(BaseModel):
     name: str = Field(min_length=1, max_length=100)
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
     scopes: list[Literal["ingest", "read", "operate"]]
-    limits: TokenLimits | None = None
+    limits: TokenLimits | None = Field(
+        default_factory=TokenLimits, description="null: none; what is left out is the setting token_requests_per_..."
+    )
     expires_at: int | None = Field(
         default=None, description="Unix time in milliseconds after which the token is refused"
     )
@@ -101,6 +103,8 @@ class Settings(BaseSettings):
     content_limit_bytes: int = Field(default=1_000_000, ge=1)
     batch_limit: int = Field(default=1000, ge=1, le=10_000)
     queue_limit: int = Field(default=10_000, ge=1)
+    token_requests_per_minute: int = Field(default=60, ge=1)
+    token_requests_per_hour: int = Field(default=1000, ge=1)
 
     core_concurrency: int = Field(default=4, ge=1, le=256)
     core_batch: int = Field(default=8, ge=1, le=1000)
@@ -179,6 +183,14 @@ class Settings(BaseSettings):
         if unknown := sorted(set(value) - set(RETRIES)):
             raise ValueError(f"{', '.join(unknown)}: no such class of error; there are {', '.join(RETRIES)}")
         return {**RETRIES, **value}
+
+    @model_validator(mode="after")
+    def _limit_tokens(self) -> Self:
+        usual = {"per_minute": self.token_requests_per_minute, "per_hour": self.token_requests_per_hour}
+        for token in self.tokens:
+            if token.limits is not None:
+                token.limits = TokenLimits(**usual | token.limits.model_dump(exclude_unset=True))
+        return self
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
