@@ -11,7 +11,7 @@ import ansible.module_utils
 
 ansible.module_utils.__path__.append(str(Path(__file__).resolve().parent.parent / "module_utils"))
 
-from ansible.module_utils import patch_plan  # noqa: E402
+from ansible.module_utils import patch_plan, retire_plan  # noqa: E402
 from ansible.module_utils.controller import controller, is_dead  # noqa: E402
 
 DOCUMENTATION = """
@@ -40,6 +40,22 @@ def play(hostvars: Mapping[str, Mapping[str, Any]] | None) -> list[str]:
     return list(next(plans, {"order": []})["order"])
 
 
+def retire(facts: patch_plan.Facts, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return :func:`retire_plan.plan` for this controller and moment."""
+    return retire_plan.plan(facts, options, controller(), is_dead, time.time())
+
+
+def retire_play(hostvars: Mapping[str, Mapping[str, Any]] | None, name: str) -> list[str]:
+    """Return the hosts of the play *name* of retire.yml: ``edges``, ``locks`` or ``host``; all where it is only read."""
+    if hostvars is None:
+        return ["all"]
+    plans = (hostvars[host]["__retire_plan"] for host in hostvars if "__retire_plan" in hostvars[host])
+    plan_: Mapping[str, Any] = next(plans, {})
+    if name == "host":
+        return [plan_["host"]] if plan_.get("reachable") else []
+    return list(plan_.get(name, []))
+
+
 class FilterModule:
     """Ansible's entry point to the filters above."""
 
@@ -50,4 +66,7 @@ class FilterModule:
             "patch_summary": patch_plan.summary,
             "patch_play": play,
             "patch_result": patch_plan.result,
+            "retire_plan": retire,
+            "retire_play": retire_play,
+            "retire_farewell": retire_plan.farewell,
         }

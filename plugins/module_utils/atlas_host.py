@@ -396,6 +396,12 @@ class Host:
             self._systemctl("disable", "--quiet", f"atlas@{other}.target")
         return changed
 
+    def disable(self) -> None:
+        """Have boot start no slot."""
+        for slot in SLOTS:
+            if (self.boot / f"atlas@{slot}.target").is_symlink():
+                self._systemctl("disable", "--quiet", f"atlas@{slot}.target")
+
     def _systemctl(self, *arguments: str) -> None:
         done = self.run(["systemctl", *arguments])
         if done.status:

@@ -36,16 +36,12 @@ def plan(
     always, never), inventory. *controller*, *is_dead* and *now*: as for a deploy.
     """
     leases = {edge: dict(facts.get(edge, {}).get("edge", {}).get("lease") or {}) for edge in options["edges"]}
-    replaces = {
-        edge: str(lease["deploy"])
-        for edge, lease in leases.items()
-        if lease and (float(lease.get("expires", 0)) <= now or is_dead(str(lease.get("process", ""))))
-    }
+    replaces = {edge: str(lease["deploy"]) for edge, lease in leases.items() if replaceable(lease, is_dead, now)}
     targets = [host for host in order(options) if not options["only"] or host in options["only"]]
     findings = [
         *_options(options),
         *_hosts(looked, facts, options, targets),
-        *(_lock(edge, lease) for edge, lease in leases.items() if lease and edge not in replaces),
+        *(lock_finding(edge, lease) for edge, lease in leases.items() if lease and edge not in replaces),
     ]
     steps = {} if findings else {host: step(host, looked[host], facts, options) for host in targets}
     if not findings:
@@ -174,7 +170,13 @@ def _hosts(looked: Facts, facts: Facts, options: Mapping[str, Any], targets: Seq
     return found
 
 
-def _lock(edge: str, lease: Mapping[str, Any]) -> str:
+def replaceable(lease: Mapping[str, Any], is_dead: Callable[[str], bool], now: float) -> bool:
+    """Tell whether there is a *lease* that has expired, or whose process is certainly gone."""
+    return bool(lease) and (float(lease.get("expires", 0)) <= now or is_dead(str(lease.get("process", ""))))
+
+
+def lock_finding(edge: str, lease: Mapping[str, Any]) -> str:
+    """Return who holds the lock of *edge*, as a finding."""
     return (
         f"The lock on {edge} is held by {lease.get('holder')} since {when(lease.get('since', 0))} ({lease.get('reason')}). "
         "Wait for it; if that is certainly dead: playbooks/unlock.yml"

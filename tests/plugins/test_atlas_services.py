@@ -16,7 +16,8 @@ GATES: list[Gate] = []
 class Systemd:
     """Keeps which units are active."""
 
-    def __init__(self) -> None:
+    def __init__(self, boot: Path) -> None:
+        self.boot = boot
         self.active = {*units("blue"), *units("green")}
 
     def __call__(self, argv: list[str], **_: Any) -> Done:
@@ -26,6 +27,8 @@ class Systemd:
             return Done(
                 0, "\n\n".join(f"Id={name}\nActiveState={value}\nNRestarts=0" for name, value in state.items()), ""
             )
+        for target in {name for name in argv if name.endswith(".target") and verb == "disable"}:
+            (self.boot / target).unlink()
         self.active = self.active - names if verb == "stop" else self.active | names
         return Done(0, "", "")
 
@@ -47,7 +50,7 @@ def host(tmp_path: Path) -> Host:
     (tmp_path / "opt/deployments/7/deployment.json").write_text(json.dumps({"release": "0.1.0-a"}))
     (tmp_path / "opt/slots/blue").symlink_to("../deployments/7")
     (tmp_path / "boot/atlas@blue.target").symlink_to("/etc/systemd/system/atlas@.target")
-    return Waiting(tmp_path / "opt", tmp_path / "state", tmp_path / "boot", Systemd())
+    return Waiting(tmp_path / "opt", tmp_path / "state", tmp_path / "boot", Systemd(tmp_path / "boot"))
 
 
 def apply(host: Host, state: str, check: bool = False) -> bool:
@@ -69,6 +72,16 @@ def test_both_slots_stop_and_the_one_in_service_comes_back(host: Host) -> None:
 def test_services_that_boot_has_started_are_waited_for_too(host: Host) -> None:
     assert not apply(host, "started")
     assert len(GATES) == 1
+
+
+def test_a_retired_host_stays_away_after_a_boot_too(host: Host) -> None:
+    (host.state / "warm-green.json").write_text('{"until": 9999999999}')
+    assert apply(host, "retired", check=True) and host.in_service() == "blue", "check mode changed something"
+    assert apply(host, "retired")
+    assert host.in_service() is None and host.active("blue") == host.active("green") == []
+    assert host.warm_until("green") is None, "nobody has to stop it later"
+    assert host.journal()[-1]["event"] == "retired" and host.slots()["blue"] == 7
+    assert not apply(host, "retired")
 
 
 def test_a_host_without_a_deployment_is_named(host: Host) -> None:

@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from ansible.parsing.dataloader import DataLoader
+from ansible.template import Templar, trust_as_template
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -298,3 +301,22 @@ def test_503_is_a_problem_document() -> None:
     head, _, body = text_of("haproxy/503.http.j2", "bookworm").partition("\n\n")
     assert "Content-Type: application/problem+json" in head
     assert json.loads(body)["status"] == 503
+
+
+@pytest.mark.parametrize(
+    ("answers", "slot"),
+    [
+        ([{"slot": None}, {"failed": True, "msg": "gone"}, {"slot": "green"}], "green"),
+        ([{"unreachable": True}, {"slot": None}], "blue"),  # nothing is deployed yet
+        ([{"skipped": True}], "blue"),
+    ],
+)
+def test_a_new_edge_takes_the_slot_that_the_app_hosts_name(answers: list[dict[str, Any]], slot: str) -> None:
+    tasks = yaml.safe_load((PROJECT / "roles/haproxy/tasks/configure.yml").read_text())
+    (content,) = [
+        task["ansible.builtin.copy"]["content"] for task in tasks if "Create the map of the slot" in task["name"]
+    ]
+    variables = {"__haproxy_asked": {"results": answers}}
+    assert (
+        Templar(loader=DataLoader(), variables=variables).template(trust_as_template(content)) == f"active be_{slot}\n"
+    )

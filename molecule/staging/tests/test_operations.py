@@ -7,7 +7,7 @@ import ssl
 import sys
 import time
 
-from labtest import PROJECT, Lab
+from labtest import PROJECT, Lab, deployment
 
 sys.path.insert(0, str(PROJECT))
 
@@ -113,6 +113,32 @@ def test_a_plain_restart_loses_some(lab: Lab) -> None:
                 on(lab, edge, "systemctl reset-failed haproxy; systemctl restart haproxy")
             time.sleep(2)
     assert not traffic.judge().good
+
+
+def test_an_app_host_retires_and_joins_again_without_losing_a_request(lab: Lab) -> None:
+    staying, leaving = lab.group("app")
+    number = deployment(lab, leaving)
+    with load(lab, 15) as traffic:
+        run = lab.playbook("retire", "-e", f"host={leaving}")
+        assert run.returncode == 0, run.stdout[-4000:]
+        assert f"Take {leaving} out of hosts.yml" in run.stdout
+        left = on(
+            lab,
+            leaving,
+            "systemctl list-units --plain --no-legend 'atlas-*' 'atlas@*'; ls /etc/systemd/system/multi-user.target.wants",
+        )
+        again = lab.playbook("retire", "-e", f"host={leaving}")
+        last = lab.playbook("retire", "-e", f"host={staying}")
+        join = lab.playbook("deploy", timeout=300)
+        time.sleep(2)
+    assert "atlas-api@" not in left and "atlas@" not in left
+    assert again.returncode == 0 and all(
+        "changed=0" in line for line in again.stdout.splitlines() if "changed=" in line
+    )
+    assert last.returncode != 0 and "have to be left (retire_keep_up)" in last.stdout
+    assert join.returncode == 0, join.stdout[-4000:]
+    assert deployment(lab, leaving) == deployment(lab, staying) == number, "it joins with what the others have"
+    lossless(traffic.judge(), 300)
 
 
 def test_hosts_are_patched_and_boot_one_by_one_without_losing_a_request(lab: Lab) -> None:
