@@ -14,7 +14,7 @@ import ansible.module_utils
 
 ansible.module_utils.__path__.append(str(Path(__file__).resolve().parent.parent / "module_utils"))
 
-from ansible.module_utils import canary, deploy_plan, deploy_status, release, release_pin, settings_check  # noqa: E402
+from ansible.module_utils import canary, deploy_hooks, deploy_plan, deploy_status, release, release_pin, settings_check  # noqa: E402
 from ansible.module_utils.controller import controller, is_dead, judge  # noqa: E402
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -130,6 +130,20 @@ def play(hostvars: Mapping[str, Mapping[str, Any]] | None, name: str) -> list[st
     return deploy_plan.play_hosts(name, plans[0], failures, touched)
 
 
+def hook_events(hostvars: Mapping[str, Mapping[str, Any]] | None, events: Sequence[str]) -> list[str]:
+    """Return those of *events* that are due and have hooks, by the plan and what failed so far; none without a plan."""
+    known = hostvars or {}
+    everyone = [known[host] for host in known]
+    plans = [variables["__deploy_plan"] for variables in everyone if "__deploy_plan" in variables]
+    failures = [variables["__deploy_failure"] for variables in everyone if "__deploy_failure" in variables]
+    return deploy_plan.hook_events(events, plans[0], failures) if plans else []
+
+
+def hooks_play(hostvars: Mapping[str, Mapping[str, Any]] | None, events: Sequence[str]) -> list[str]:
+    """Return the one host whose variables the hooks of *events* are run with, or none; all where a playbook is only read."""
+    return play(hostvars, "result") if hostvars is None or hook_events(hostvars, events) else []
+
+
 def _touched(variables: Mapping[str, Any]) -> bool:
     """Tell whether a deploy has begun to change a host: the first task that does so was not skipped there."""
     results = (variables.get(name) or {"skipped": True} for name in ("__deploy_drained", "__deploy_started"))
@@ -212,6 +226,9 @@ class FilterModule:
             "deploy_changes": changes,
             "deploy_play": play,
             "deploy_batch": batch,
+            "deploy_hook_events": hook_events,
+            "deploy_hooks_play": hooks_play,
+            "deploy_told": deploy_hooks.told,
             "deploy_touched": touched,
             "deploy_all_well": all_well,
             "deploy_verdict": verdict,

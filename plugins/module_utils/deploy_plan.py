@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ansible.module_utils import freeze
+from ansible.module_utils import deploy_hooks, freeze
 
 SUPPORTED_DEBIAN = ("12", "13")
 MODES = {
@@ -77,6 +77,7 @@ def plan(
         *_hosts(facts, options, fleet),
         *_edges(facts, fleet, leases, replaces, options, cleanup),
         *_clocks(facts, options, now),
+        *deploy_hooks.findings(options["hooks"]),
     ]
     if options.get("rollback"):
         findings += _rollback(result, fleet, options)
@@ -89,6 +90,7 @@ def plan(
             result["override"] = options["freeze_override"] if overridden else ""
     findings += schema_findings(result, fleet, options)
     result["findings"] = list(dict.fromkeys(findings))
+    result["hooks"] = [] if findings else sorted({event for hook in options["hooks"] for event in hook["events"]})
     return result
 
 
@@ -628,6 +630,27 @@ def play_hosts(
         "result": plan_["reached"][:1],
     }
     return list(table[name])
+
+
+PLAYS = {
+    "lock": ("lock",),
+    "stage": ("stage", "renew"),
+    "migrate": ("migrate",),
+    "switch": ("switch_first", "switch_rolling", "switch_start"),
+    "verify": ("verify",),
+    "finish": ("finish",),
+}
+"""The plays of each phase that has hooks."""
+
+
+def hook_events(events: Sequence[str], plan_: Mapping[str, Any], failures: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return those of *events* that happen in this deploy and have hooks."""
+    if failures:
+        happens = {deploy_hooks.FAILED} if any(failure["phase"] != "finish" for failure in failures) else set()
+    else:
+        taken = [phase for phase, plays in PLAYS.items() if any(play_hosts(play, plan_, [], []) for play in plays)]
+        happens = {f"{side}_{phase}" for phase in taken for side in ("before", "after")}
+    return [event for event in events if event in happens and event in plan_["hooks"]]
 
 
 # For people

@@ -15,7 +15,7 @@ PLAN = (
 )  # fmt: skip
 VERDICT = ("verdict", "told", "reasons", "figures")
 FAILURE = ("host", "phase", "message", "log")
-PHASES = ("preflight", "confirm", "lock", "stage", "migrate", "switch", "watch", "verify", "finish", "undo")
+PHASES = ("preflight", "confirm", "lock", "stage", "migrate", "switch", "watch", "verify", "finish", "undo", "hooks")
 MODES = {"deploy": "Deploy", "join": "Deploy to hosts that lacked it", "tidy": "Clean-up", "rollback": "Rollback"}
 WIDTH, LABEL, ROW, BAR = 1000, 130, 34, 20
 """Of the drawing, in its own units; the labels of hosts take LABEL of the width."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import deploy
 import pytest
-from ansible.module_utils import deploy_plan
+from ansible.module_utils import deploy_hooks, deploy_plan
 
 LIMITS = {"samples": 20, "error_percent": 1.0, "slow_percent": 10.0, "slow_ms": 100, "job_percent": 10.0}
 PLAN: dict[str, Any] = {
@@ -97,3 +97,30 @@ def test_what_the_database_said_of_its_schema(
     monkeypatch.setattr(deploy_plan, "plan", lambda _facts, _file, options, *_: dict(options))
     found = deploy.plan({}, {}, {}, answer)
     assert (found["applied"], found["schema_error"]) == (applied, error)
+
+
+WITH_HOOKS = PLAN | {"hooks": ["after_finish", "after_migrate", "before_switch", "failed"]}
+FAILURE = {"host": "app1", "phase": "switch", "message": "bad", "log": []}
+
+
+def test_only_events_that_happen_and_have_hooks_are_due() -> None:
+    fleet = variables() | {"app1": {"__deploy_plan": WITH_HOOKS}, "edge1": {"__deploy_plan": WITH_HOOKS}}
+    assert deploy.hook_events(fleet, ["after_migrate", "before_switch"]) == ["after_migrate", "before_switch"]
+    assert deploy.hook_events(fleet, ["after_switch", "before_verify"]) == [], "nobody asked for these"
+    assert deploy.hook_events(fleet, ["after_finish", "failed"]) == ["after_finish"]
+    assert deploy.hooks_play(fleet, ["before_switch"]) == ["app1"] and deploy.hooks_play(fleet, ["before_verify"]) == []
+    assert deploy.hooks_play(None, []) == ["all"] and deploy.hooks_play({"app1": {}}, ["failed"]) == []
+
+
+def test_after_a_failure_only_the_event_of_failure_is_due() -> None:
+    events = list(deploy_hooks.EVENTS)
+    assert deploy_plan.hook_events(events, WITH_HOOKS, [FAILURE]) == ["failed"]
+    unfinished = FAILURE | {"phase": "finish"}
+    assert deploy_plan.hook_events(events, WITH_HOOKS, [unfinished]) == [], "it serves: that is no failed deploy"
+
+
+def test_a_rollback_has_no_migration_and_nothing_to_do_has_no_event() -> None:
+    rollback = WITH_HOOKS | {"mode": "rollback"}
+    assert deploy_plan.hook_events(["after_migrate", "before_switch"], rollback, []) == ["before_switch"]
+    nothing = WITH_HOOKS | {"mode": "nothing", "hosts": []}
+    assert deploy_plan.hook_events(list(deploy_hooks.EVENTS), nothing, []) == []

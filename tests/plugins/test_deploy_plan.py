@@ -86,6 +86,7 @@ def options(**other: Any) -> dict[str, Any]:
         "disk_mb": 1024,
         "memory_mb": 256,
         "skew_seconds": 5.0,
+        "hooks": [],
         "freeze_windows": [],
         "freeze_override": "",
         "asked_at": NOW - 2,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import subprocess
@@ -148,3 +149,18 @@ def test_a_taken_port(lab: Lab, unchanged: None, wait_for: Callable[..., Any]) -
         refused(lab.playbook("deploy", "-e", "deploy_force=true", "-e", "deploy_strategy=blue_green"), host, "8102")
     finally:
         lab.ssh(host, "systemctl stop port-thief")
+
+
+def test_a_hook_that_says_no(lab: Lab, unchanged: None, tmp_path: Path) -> None:
+    """It runs here, not on a host; the deploy ends before its phase, and who asked to hear of failures does."""
+    told = tmp_path / "told"
+    hooks = [
+        {"name": "approval", "events": ["before_stage"], "command": ["sh", "-c", "echo nobody approved; exit 3"]},
+        {"name": "note", "events": ["failed"], "command": ["sh", "-c", f"cat > {told}"]},
+    ]
+    run = lab.playbook("deploy", "-e", json.dumps({"deploy_hooks": hooks, "deploy_force": True}))
+    refused(run, "hook approval (before_stage): it ended with 3", "nobody approved", "Nothing that serves was touched")
+    heard = json.loads(told.read_text())
+    assert (heard["event"], heard["environment"]) == ("failed", "staging")
+    assert [failure["phase"] for failure in heard["failures"]] == ["stage"]
+    assert "held by" not in lab.playbook("unlock").stdout
