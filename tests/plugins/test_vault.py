@@ -48,7 +48,7 @@ def test_a_weak_or_malformed_value_is_named_and_not_quoted(name: str, value: Any
 
 
 def test_only_a_token_that_says_so_is_without_limits() -> None:
-    given = ({"limits": None}, {}, {"limits": {"per_minute": 5}})
+    given: tuple[dict[str, Any], ...] = ({"limits": None}, {}, {"limits": {"per_minute": 5}})
     entries = [{"name": "a", "token": "atl_" + "x" * 43, "scopes": ["read"]} | limits for limits in given]
     token_credentials = run_path(str(PROJECT / "plugins/filter/atlas.py"))["token_credentials"]
     made = json.loads(token_credentials(entries))
