@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from cryptography.fernet import Fernet
 from sqlalchemy import Connection, update
+from sqlalchemy.exc import SQLAlchemyError
 
 from atlas.crypto import Keyring
 from atlas.db import Database
@@ -44,9 +45,13 @@ def work_for_ever(url: str, role: str | None, owner: str, build: str) -> None:
     queue = kind(database, owner, 1, lease_seconds=LEASE_SECONDS, attempts=1000)
     documents = Documents(database, queue, Keyring([Fernet.generate_key().decode()]), settings)
     while True:
-        queue.reap()
-        claimed = queue.claim(4)
-        work = documents.work([job.document_id or "" for job in claimed])
-        time.sleep(0.04 * len(claimed) or 0.05)
-        results = [Result(job, Extracted(work[job.document_id or ""].content or "")) for job in claimed]
-        queue.finish(results, documents.store)
+        try:
+            queue.reap()
+            claimed = queue.claim(4)
+            work = documents.work([job.document_id or "" for job in claimed])
+            time.sleep(0.04 * len(claimed) or 0.05)
+            results = [Result(job, Extracted(work[job.document_id or ""].content or "")) for job in claimed]
+            queue.finish(results, documents.store)
+        except SQLAlchemyError:
+            # The store is away, or full. What was claimed comes back by its lease.
+            time.sleep(0.1)

@@ -21,7 +21,7 @@ from typing import Any
 import httpx
 import yaml
 from cryptography.fernet import Fernet
-from scratch import wait_for
+from scratch import children, wait_for
 
 TOKEN = "atl_" + "t" * 43
 SOURCE = Path(__file__).parents[1] / "src"
@@ -135,22 +135,21 @@ class Deployment:
         headers = {"Authorization": f"Bearer {TOKEN}"}
         return httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=headers, timeout=30, trust_env=False)
 
+    def kill(self, process: subprocess.Popen[bytes]) -> None:
+        """SIGKILL a service with all its processes."""
+        if process.poll() is None:
+            workers = children(process.pid)
+            process.kill()
+            for worker in workers:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(worker, signal.SIGKILL)
+        process.wait(20)
+
     def close(self) -> None:
         for process in self.processes:
-            if process.poll() is None:
-                for child in children(process.pid):
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(child, signal.SIGKILL)
-                process.kill()
-            process.wait(20)
+            self.kill(process)
         for ear in self.ears:
             ear.close()
-
-
-def children(pid: int) -> list[int]:
-    """The children of a process, whichever of its threads started them."""
-    found = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")]
-    return [int(child) for line in found for child in line.split()]
 
 
 def proportional_memory(pid: int) -> int:

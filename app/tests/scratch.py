@@ -36,6 +36,12 @@ def wait_for(condition: Callable[[], object], seconds: float, what: str) -> None
         time.sleep(0.05)
 
 
+def children(pid: int) -> list[int]:
+    """The children of a process, whichever of its threads started them."""
+    found = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")]
+    return [int(child) for line in found for child in line.split()]
+
+
 def _die_with_parent() -> None:
     # A server must not outlive tests that were killed.
     ctypes.CDLL(None).prctl(1, signal.SIGINT)
@@ -81,6 +87,10 @@ class Cluster:
 
     def start(self) -> None:
         """Start the server and wait until it answers."""
+        self._start()
+        wait_for(self._answers, 30, f"PostgreSQL answers: {self.directory}/log")
+
+    def _start(self) -> None:
         options = {"listen_addresses": "", "max_connections": "120"} | self.options
         with open(f"{self.directory}/log", "ab") as log:
             self.process = subprocess.Popen(
@@ -91,7 +101,6 @@ class Cluster:
                 preexec_fn=_die_with_parent,
                 **self._switch,
             )
-        wait_for(self._answers, 30, f"PostgreSQL answers: {self.directory}/log")
 
     def stop(self, number: signal.Signals = signal.SIGINT) -> None:
         """End the server; SIGINT is fast and orderly, SIGKILL is a crash."""
@@ -105,15 +114,29 @@ class Cluster:
             self.process.wait()
         self.process = None
 
+    def crash(self) -> None:
+        """SIGKILL the server with all its processes."""
+        assert self.process is not None
+        backends = children(self.process.pid)
+        self.stop(signal.SIGKILL)
+        for pid in backends:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
     def url(self, database: str, role: str | None = None) -> str:
         return f"postgresql+psycopg://{role or self.user}@/{database}?host={self.directory}"
 
-    def execute(self, statement: str, database: str = "postgres") -> None:
+    def execute(self, statement: str, database: str = "postgres") -> list[Any]:
+        """The rows that a statement returns."""
         dsn = f"host={self.directory} user={self.user} dbname={database}"
         with psycopg.connect(dsn, autocommit=True) as connection:
-            connection.execute(statement)  # type: ignore[call-overload]
+            done = connection.execute(statement)  # type: ignore[call-overload]
+            return done.fetchall() if done.description else []
 
     def _answers(self) -> bool:
+        if self.process is None or self.process.poll() is not None:
+            # What a killed server leaves behind may keep the next one out for a moment.
+            self._start()
         with contextlib.suppress(psycopg.OperationalError):
             self.execute("SELECT 1")
             return True
