@@ -45,6 +45,7 @@ options:
     type: str
 """
 
+READ_OTHERS = {"promote.yml", "config_diff.yml"}
 CLIENT = Path(__file__).resolve().parents[2] / "bin" / "vault-client"
 
 
@@ -60,6 +61,8 @@ class InventoryModule(BaseInventoryPlugin):  # type: ignore[misc]
     def parse(self, inventory: Any, loader: Any, path: str, cache: bool = True) -> None:
         """Open the vault of the environment at `path`."""
         super().parse(inventory, loader, path, cache)
+        if _reads_others():
+            return
         self._read_config_data(path)
         vault_id = self.get_option("vault_id")
         directory = Path(path).parent
@@ -118,6 +121,12 @@ class InventoryModule(BaseInventoryPlugin):  # type: ignore[misc]
                 f"Do: ansible-vault edit --vault-id {vault_id}@bin/vault-client {vault_file}"
             )
         return secret
+
+
+def _reads_others() -> bool:
+    """Whether these are playbooks that read inventories in processes of their own; the one in ansible.cfg is not wanted then."""
+    playbooks = {Path(name).name for name in context.CLIARGS.get("args") or ()}
+    return bool(playbooks) and playbooks <= READ_OTHERS
 
 
 def _runs_tasks() -> bool:

@@ -103,22 +103,38 @@ def findings(windows: Sequence[Any], override: str, moment: float) -> list[str]:
 
     With a reason in *override* those in force keep nobody; wrong ones still do, because nobody knows what they meant.
     """
-    found, known = [], []
+    remedy = " Wait, or say why it cannot: -e deploy_freeze_override='REASON'. A rollback is never frozen."
+    now = datetime.datetime.fromtimestamp(moment, datetime.UTC)
+    wrong, known = _readable(windows)
+    told = [] if override.strip() else [_told(window, now) for window in known]
+    return wrong + [text + remedy for text in told if text]
+
+
+def in_force(windows: Sequence[Any], moment: float) -> list[str]:
+    """Return the windows in force at the Unix time *moment*, and those that are wrong, in words."""
+    wrong, known = _readable(windows)
+    told = [_told(window, datetime.datetime.fromtimestamp(moment, datetime.UTC)) for window in known]
+    return wrong + [text for text in told if text]
+
+
+def _readable(windows: Sequence[Any]) -> tuple[list[str], list[Window]]:
+    wrong, known = [], []
     for number, window in enumerate(windows, 1):
         try:
             known.append(read(window))
         except WindowError as error:
-            found.append(f"deploy_freeze_windows: window {number} {error}.")
-    now = datetime.datetime.fromtimestamp(moment, datetime.UTC)
-    for window in [] if override.strip() else known:
-        end = window.end(now)
-        if end:
-            found.append(
-                f"Deploys are frozen until {end:%a %Y-%m-%d %H:%M %Z} ({_left(end - now)} left): {window.reason} "
-                f"({window.text}; deploy_freeze_windows). Wait, or say why it cannot: -e deploy_freeze_override='REASON'. "
-                "A rollback is never frozen."
-            )
-    return found
+            wrong.append(f"deploy_freeze_windows: window {number} {error}.")
+    return wrong, known
+
+
+def _told(window: Window, now: datetime.datetime) -> str:
+    end = window.end(now)
+    if not end:
+        return ""
+    return (
+        f"Deploys are frozen until {end:%a %Y-%m-%d %H:%M %Z} ({_left(end - now)} left): {window.reason} "
+        f"({window.text}; deploy_freeze_windows)."
+    )
 
 
 def _left(span: datetime.timedelta) -> str:

@@ -103,6 +103,7 @@ STATE = Path("/var/lib/atlas-deploy")
 MAP = Path("/etc/haproxy/slot.map")
 MAINTENANCE = "/etc/haproxy/maintenance.map"
 CERTIFICATE = "/etc/haproxy/tls/edge.pem"
+COUNTED = re.compile(r"^atlas_http_requests_total\{([^}]*)\} (\S+)$", re.MULTILINE)
 
 
 def debian() -> dict[str, str]:
@@ -211,6 +212,17 @@ def compared(host: Host, number: int | None, params: Mapping[str, Any]) -> bool 
     return bool(content.get("fingerprint") == mark)
 
 
+def requests(slot: str) -> dict[str, int]:
+    """Return how many requests the API of *slot* has answered since it started, and how many with 5xx; probes left out."""
+    found = {"total": 0, "failed": 0}
+    for labels, count in COUNTED.findall(get(API_PORTS[slot], "/metrics").text):
+        values = dict(re.findall(r'(\w+)="([^"]*)"', labels))
+        if not values.get("endpoint", "").startswith(("health.", "metrics.")):
+            found["total"] += int(float(count))
+            found["failed"] += int(float(count)) if values.get("status", "").startswith("5") else 0
+    return found
+
+
 def texts(host: Host) -> dict[str, str]:
     """Return number → settings.yaml of every deployment; there are no secrets in it."""
     return {str(number): (host.deployment(number) / "settings.yaml").read_text() for number in host.deployments()}
@@ -272,6 +284,7 @@ def facts(params: Mapping[str, Any]) -> dict[str, Any]:
         "ready": {"status": ready.status, "release": ready.headers.get("x-atlas-release"), "body": ready.body}
         if ready
         else None,
+        "requests": requests(slot) if slot else None,
         "journal": host.journal()[-entries:] if entries else [],
         "edge": balancer(params["socket"]),
         "disk": {"opt_mb": free_mb(Path("/opt/atlas")), "var_mb": free_mb(Path("/var/lib/atlas"))},

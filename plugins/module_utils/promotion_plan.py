@@ -1,0 +1,276 @@
+"""What a promotion is to do: which gates keep a release from the next environment, what changes there, and the new pin.
+
+Pure: two surveys (``playbooks/survey.yml``), the release and the moment come in, nothing is read or changed.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ansible.module_utils import freeze, release_pin
+from ansible.module_utils.deploy_plan import Facts, Fleet, answered
+from ansible.module_utils.deploy_status import status
+
+GATES = {
+    "digest": "every app host of the source has the same release in service",
+    "signature": "the release is signed by whom the target allows",
+    "soak": "it has been in service for promotion_soak_hours",
+    "health": "every host of the source is as it should be, and no service has restarted",
+    "errors": "no more of its requests failed than promotion_error_percent",
+    "schema": "its migrations fit the target's database",
+    "settings": "it accepts the target's settings",
+    "freeze": "the target is not frozen",
+}
+Finding = tuple[str, str]
+
+
+def source_release(source: Mapping[str, Any]) -> dict[str, Any]:
+    """Return deployment, id, version, digest and since (Unix time, or None) of what most app hosts of *source* serve.
+
+    *since*: the last host's moment from which on it served this release, other deployments of the same bytes included.
+    """
+    facts: Facts = source["facts"]
+    fleet = Fleet(facts, source)
+    serving = [host for host in fleet.hosts if fleet.current[host] == fleet.number and fleet.number is not None]
+    if not serving:
+        return {"deployment": None, "id": None, "version": None, "digest": None, "since": None}
+    content = facts[serving[0]]["deployments"].get(str(fleet.number), {})
+    moments = [_since(facts[host]["journal"], content.get("release")) for host in serving]
+    known = [moment for moment in moments if moment is not None]
+    return {
+        "deployment": fleet.number,
+        "id": content.get("release"),
+        "version": content.get("version"),
+        "digest": content.get("digest"),
+        "since": max(known) if len(known) == len(moments) else None,
+    }
+
+
+def _since(journal: Sequence[Mapping[str, Any]], name: str | None) -> float | None:
+    """Return the Unix time of the oldest of the last *finished* entries in a row that are of the release *name*."""
+    found = None
+    for entry in reversed(journal):
+        if entry.get("event") != "finished" or entry.get("outcome", "ok") != "ok":
+            continue
+        if entry.get("release") != name:
+            break
+        found = datetime.datetime.fromisoformat(str(entry["at"])).timestamp()
+    return found
+
+
+def refusals(source: Mapping[str, Any], target: Mapping[str, Any], override: Sequence[str], reason: str) -> list[str]:
+    """Return why this is no promotion at all: no gate, and nothing to override."""
+    found = []
+    allowed = target["limits"]["from"]
+    if not allowed:
+        found.append(f"Nothing is promoted to {target['environment']}: its inventory sets no promotion_from.")
+    elif source["environment"] != allowed:
+        found.append(
+            f"{target['environment']} takes releases from {allowed} alone (promotion_from), and {source['environment']} is "
+            f"another: no environment is skipped. Promote to {allowed} first."
+        )
+    unknown = [name for name in override if name not in GATES]
+    if unknown:
+        found.append(f"There is no gate {', '.join(unknown)}; the gates are {', '.join(GATES)}.")
+    if override and not reason.strip():
+        found.append("A gate is overridden with a reason, which the pin keeps: -e override=GATE -e reason='…'")
+    return found
+
+
+def findings(
+    source: Mapping[str, Any],
+    target: Mapping[str, Any],
+    release: Mapping[str, Any],
+    settings: Sequence[str],
+    now: float,
+) -> list[Finding]:
+    """Return all that speaks against promoting *release* from *source* to *target*, each with the gate it belongs to.
+
+    *release*: result of :func:`source_release` with what the archive says: error, signer, schema. *settings*: what it refuses
+    of the target's settings.
+    """
+    if release["id"] is None:
+        return [("digest", f"No release is in service in {source['environment']}. Deploy one there first.")]
+    return [
+        *_digest(source, release),
+        *([("signature", str(release["error"]))] if release.get("error") else []),
+        *_soak(source, target, release, now),
+        *_health(source, target),
+        *_errors(source, target),
+        *_schema(target, release),
+        *(("settings", text) for text in settings),
+        *(("freeze", text) for text in _frozen(target, now)),
+    ]
+
+
+def _digest(source: Mapping[str, Any], release: Mapping[str, Any]) -> list[Finding]:
+    facts: Facts = source["facts"]
+    found = []
+    for host in source["hosts"]:
+        if not answered(facts, host):
+            found.append(f"{host} does not answer: what it serves is not known.")
+        elif facts[host]["digest"] != release["digest"]:
+            slot = facts[host]["slot"]
+            number = facts[host]["slots"].get(slot) if slot else None
+            other = facts[host]["deployments"].get(str(number), {}).get("release")
+            found.append(f"{host} serves {other or 'nothing'}, the others {release['id']}.")
+    return [("digest", text) for text in found]
+
+
+def _soak(
+    source: Mapping[str, Any], target: Mapping[str, Any], release: Mapping[str, Any], now: float
+) -> list[Finding]:
+    wanted = float(target["limits"]["soak_hours"])
+    if release["since"] is None:
+        text = (
+            f"Since when {release['id']} serves in {source['environment']} is in no journal; {wanted:g} h are required."
+        )
+        return [("soak", text)] if wanted else []
+    hours = max(0.0, (now - release["since"]) / 3600)
+    if hours >= wanted:
+        return []
+    text = (
+        f"{release['id']} has been in service in {source['environment']} for {hours:.1f} h, {wanted:g} h are required "
+        "(promotion_soak_hours)."
+    )
+    return [("soak", text)]
+
+
+def _health(source: Mapping[str, Any], target: Mapping[str, Any]) -> list[Finding]:
+    state = status(source["facts"], source["hosts"], source["edges"])
+    found = []
+    for host, row in {**state["app"], **state["edge"]}.items():
+        if not row["reachable"]:
+            found.append(f"{host} does not answer.")
+            continue
+        found += [f"{host}: {text}." for text in row["drift"]]
+        if row["owed"]:
+            found.append(f"{host} is owed deployment {row['owed'].get('deployment')}.")
+        if row.get("ready") is False:
+            found.append(f"{host} is not ready.")
+    for host in source["hosts"]:
+        fact = source["facts"].get(host, {})
+        for unit, unit_state in fact.get("units", {}).items():
+            if f"@{fact.get('slot')}." in unit and unit_state["restarts"] > int(target["limits"]["restarts"]):
+                found.append(f"{host}: {unit} restarted {unit_state['restarts']} times by itself.")
+    return [("health", text) for text in found]
+
+
+def _errors(source: Mapping[str, Any], target: Mapping[str, Any]) -> list[Finding]:
+    counted = [source["facts"].get(host, {}).get("requests") or {} for host in source["hosts"]]
+    total, failed = (sum(int(each.get(key, 0)) for each in counted) for key in ("total", "failed"))
+    least, percent = int(target["limits"]["requests"]), float(target["limits"]["error_percent"])
+    if total < least:
+        return [
+            ("errors", f"It answered {total} requests, {least} are required before they tell (promotion_requests).")
+        ]
+    if total and 100 * failed / total > percent:
+        share = f"{100 * failed / total:.2f} %"
+        return [("errors", f"{failed} of its {total} requests failed, {share}; {percent:g} % are allowed.")]
+    return []
+
+
+def _schema(target: Mapping[str, Any], release: Mapping[str, Any]) -> list[Finding]:
+    """Compare the revisions in the target's database with those that the release knows; there is none before a first deploy."""
+    if target["schema"].get("error"):
+        return [("schema", f"The database of {target['environment']} cannot be asked: {target['schema']['error']}")]
+    applied: Mapping[str, str] = target["schema"].get("applied") or {}
+    mine = (release.get("schema") or {}).get("revisions", [])
+    unknown = [revision for revision in applied if revision not in mine]
+    gone = [revision for revision in unknown if applied[revision] == "contract"]
+    where = f"the database of {target['environment']}"
+    if gone:
+        text = f"{where} has the contract revision {', '.join(gone)}, without which {release['id']} was built: it cannot serve."
+        return [("schema", text[0].upper() + text[1:])]
+    pending = pending_revisions(target, release)
+    if unknown and pending:
+        return [
+            (
+                "schema",
+                f"The histories have parted: {where} has {', '.join(unknown)}, which {release['id']} does not know, and lacks "
+                f"{', '.join(pending)}.",
+            )
+        ]
+    return []
+
+
+def pending_revisions(target: Mapping[str, Any], release: Mapping[str, Any]) -> list[str]:
+    """Return the revisions that a deploy of *release* would apply in *target*."""
+    applied = target["schema"].get("applied") or {}
+    return [revision for revision in (release.get("schema") or {}).get("revisions", []) if revision not in applied]
+
+
+def _frozen(target: Mapping[str, Any], now: float) -> list[str]:
+    return freeze.in_force(target["freeze_windows"], now)
+
+
+def decide(
+    found: Sequence[Finding],
+    refused: Sequence[str],
+    override: Sequence[str],
+    reason: str,
+) -> dict[str, Any]:
+    """Return what stops the promotion (stops), and gate → reason of what does not (overridden)."""
+    stops = [*refused]
+    overridden = {}
+    for gate, text in found:
+        if gate in override and not refused:
+            overridden[gate] = reason.strip()
+        else:
+            stops.append(f"{gate}: {text}")
+    return {"stops": list(dict.fromkeys(stops)), "overridden": overridden}
+
+
+def pin(
+    source: Mapping[str, Any],
+    target: Mapping[str, Any],
+    release: Mapping[str, Any],
+    overridden: Mapping[str, str],
+    who: str,
+    now: float,
+) -> dict[str, Any]:
+    """Return the target's new pin: the present one where it names this release already."""
+    wanted = {key: release[key] for key in ("version", "digest", "signer")}
+    present = target["pin"]
+    if all(present.get(key) == value for key, value in wanted.items()):
+        return dict(present)
+    hours = None if release["since"] is None else round((now - release["since"]) / 3600, 1)
+    moment = datetime.datetime.fromtimestamp(now, datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    told = {"from": source["environment"], "at": moment, "by": who, "in_service_hours": hours}
+    if release.get("commit"):
+        told["commit"] = release["commit"]
+    if overridden:
+        told["overridden"] = dict(overridden)
+    return {**wanted, "promoted": told}
+
+
+def changes(
+    target: Mapping[str, Any], release: Mapping[str, Any], before: Mapping[str, Any], commits: Sequence[str]
+) -> list[str]:
+    """Return what the promotion changes in *target*, in lines.
+
+    *before*: manifest and components (of the SBOM) of what is in service there, empty for nothing. *commits*: one line each.
+    """
+    old = (before.get("manifest") or {}).get("version")
+    lines = [f"release       {before.get('id') or 'nothing'} -> {release['id']}"]
+    if old or commits:
+        lines += [f"commit        {line}" for line in commits] or ["commit        the same, or not known here"]
+    pending = pending_revisions(target, release)
+    lines.append(f"schema        {'new revisions: ' + ', '.join(pending) if pending else 'the same'}")
+    packages = dependency_changes(before.get("components") or {}, release.get("components") or {})
+    lines += [f"dependency    {line}" for line in packages] if before.get("id") else []
+    return lines
+
+
+def dependency_changes(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
+    """Return the differences between two bills of materials (name → version)."""
+    found = [f"{name} {old[name]} -> {new[name]}" for name in sorted(old.keys() & new.keys()) if old[name] != new[name]]
+    found += [f"{name} {new[name]} is new" for name in sorted(new.keys() - old.keys())]
+    return found + [f"{name} {old[name]} is gone" for name in sorted(old.keys() - new.keys())] or ["the same"]
+
+
+def pinned(target: Mapping[str, Any]) -> str:
+    """Return the ID of the release that *target* pins, or ``nothing``."""
+    return release_pin.name(target["pin"]) if target["pin"] else "nothing"
