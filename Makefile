@@ -15,7 +15,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 -include make/*.mk
 
-.PHONY: help bootstrap up down vault test test-full test-lab unit molecule
+.PHONY: help bootstrap up down vault test test-full test-lab unit molecule rehearse
 
 help: ## this list
 	@echo "make COMMAND:"
@@ -32,6 +32,10 @@ down: bootstrap ## remove what `make up` made for a lab [LAB=development]
 
 vault: bootstrap ## secrets of a real environment, at first use: ENV=production
 	@$(VENV)/bin/python bin/new-vault "$(ENV)"
+
+rehearse: bootstrap ## a deploy to ENV in a lab of its shape, under load, judged [RELEASE=FILE] [PRESENT=FILE] [KEEP=1]
+	@$(VENV)/bin/python bin/rehearse "$(ENV)" $(if $(RELEASE),--release "$(RELEASE)") $(if $(PRESENT),--present "$(PRESENT)") \
+	  $(if $(KEEP),--keep)
 
 test: ## everything that a change must pass
 	@bin/bootstrap --tests

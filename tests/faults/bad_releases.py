@@ -99,6 +99,21 @@ def run():
     raise SystemExit(3)
 """
 
+SETTING = """
+
+_Settings = Settings
+
+
+class Settings(_Settings):
+    mail_relay: str = ""
+
+    @model_validator(mode="after")
+    def _production_sends_mail(self):
+        if self.environment == "production" and not self.mail_relay:
+            raise ValueError("mail_relay is required in production")
+        return self
+"""
+
 SPOILINGS = {
     "good": Spoiling("nothing: another good release", {f"{PACKAGE}/__init__.py": "\n# Another release.\n"}),
     "does_not_start": Spoiling(
@@ -147,6 +162,13 @@ SPOILINGS = {
     "foreign_schema": Spoiling(
         "its newest revision is none that the database has, nor one that follows",
         {f"{PACKAGE}/migrations/versions/{_newest()}": "\nrevision = '8001'\n"},
+    ),
+    "fails_with_postgresql": Spoiling(
+        "the API cannot be made where the store is PostgreSQL; with SQLite all is well",
+        _app("        if str(arguments[0].database_url).startswith('postgresql'): raise RuntimeError('spoiled')\n"),
+    ),
+    "needs_a_setting": Spoiling(
+        "it requires a setting, mail_relay, in production alone", {f"{PACKAGE}/settings.py": SETTING}
     ),
     "expands": Spoiling(
         "nothing: it adds a table that releases before it can live with",
