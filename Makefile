@@ -46,6 +46,7 @@ FULL_SIZES := ATLAS_CRASH_DOCUMENTS=2000 ATLAS_BLOCKED_JOBS=100000 ATLAS_EXAMPLE
 
 test-full: ## the same at full size, then the bench, whose targets are reported
 	@$(FULL_SIZES) $(MAKE) test
+	@$(VENV)/bin/pytest -q tests/rehearsal
 	@$(MAKE) bench
 
 test-lab: bootstrap ## a lab on this machine: raised, hurt in each named way, gone without a trace
