@@ -15,7 +15,7 @@ from flask.testing import FlaskClient
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 from pydantic import SecretStr
 from running import TOKEN, Deployment
-from sqlalchemy import insert, select
+from sqlalchemy import insert, select, update
 from sqlalchemy.exc import OperationalError
 from test_api import ALL, READ_ONLY, app, as_worker, digest, store_of
 from werkzeug.test import TestResponse
@@ -29,7 +29,7 @@ from atlas.crypto import Keyring
 from atlas.documents import Documents, Extracted, Submission
 from atlas.presence import beat
 from atlas.queue import Queue, QueueStats, Result
-from atlas.schema import audit, hosts, queue_samples
+from atlas.schema import audit, hosts, queue_samples, sessions
 from atlas.settings import Settings, TokenSpec
 from atlas.tokens import Tokens
 
@@ -164,7 +164,7 @@ def test_a_form_must_be_of_this_session(app: Flask, browser_of: FlaskClient) -> 
     assert app.extensions["atlas"].queue.job(job_id)["state"] == "dead"
 
 
-def test_requeue_and_sign_out(app: Flask, browser_of: FlaskClient) -> None:
+def test_requeue(app: Flask, browser_of: FlaskClient) -> None:
     job_id = dead_letter(app)
     key = form_key(browser_of.get("/").text)
     answer = browser_of.post("/requeue", data={"key": key, "job": str(job_id)}, follow_redirects=True)
@@ -176,8 +176,32 @@ def test_requeue_and_sign_out(app: Flask, browser_of: FlaskClient) -> None:
     with store_of(app).read() as connection:
         done = connection.execute(select(audit.c.actor, audit.c.object_id).where(audit.c.action == "requeued")).all()
     assert [tuple(row) for row in done] == [("all", str(job_id))]
+
+
+def test_a_session_that_was_signed_out_is_over_for_every_copy_of_its_cookie(
+    app: Flask, browser_of: FlaskClient
+) -> None:
+    other, thief = app.test_client(), app.test_client()
+    sign_in(other)
+    cookie = browser_of.get_cookie(COOKIE)
+    assert cookie is not None
+    thief.set_cookie(COOKIE, cookie.value)
+    assert "Dead letters" in thief.get("/").text
+    key = form_key(browser_of.get("/").text)
     assert browser_of.post("/sign-out", data={"key": key}).status_code == 303
     assert browser_of.get_cookie(COOKIE) is None
+    assert "Dead letters" not in thief.get("/").text
+    assert thief.post("/requeue", data={"key": key, "job": "1"}).status_code == 403
+    assert "Dead letters" in other.get("/").text, "another session of the same token goes on"
+
+
+def test_sessions_that_are_over_are_forgotten(app: Flask, browser_of: FlaskClient) -> None:
+    with store_of(app).write() as connection:
+        connection.execute(update(sessions).values(until=1))
+    assert "Dead letters" not in browser_of.get("/").text
+    sign_in(app.test_client())
+    with store_of(app).read() as connection:
+        assert connection.scalars(select(sessions.c.until > 1)).all() == [True]
 
 
 def test_the_page_allows_nothing_that_it_does_not_need(app: Flask, browser_of: FlaskClient) -> None:

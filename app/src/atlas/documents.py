@@ -18,7 +18,7 @@ from sqlalchemy import ColumnElement, Connection, and_, bindparam, case, delete,
 from atlas.crypto import Keyring
 from atlas.db import Database, rfc3339
 from atlas.group import GroupCommit
-from atlas.queue import DAY_MS, NewJob, Queue, Result, clean, in_state, remove
+from atlas.queue import DAY_MS, NewJob, Queue, Result, clean, in_state, remove, remove_documents
 from atlas.schema import PRIORITIES, document_tags, documents, idempotency_keys, job_events, jobs
 from atlas.search import find
 from atlas.settings import Settings
@@ -432,14 +432,14 @@ class Documents:
         return Document(**row) if row else None
 
     def delete(self, document_id: str, note: Callable[[Connection], None] | None = None) -> bool:
-        """Remove a document and its job; whether it was there. `note` is called in the same transaction.
+        """Remove a document, its job and its events; whether it was there. `note` is called in the same transaction.
 
         A worker that has the job can no longer finish it.
         """
         with self.database.write() as connection:
             # The job first, as a worker that finishes does, or the two could wait for each other.
             connection.execute(delete(jobs).where(jobs.c.document_id == document_id))
-            found = connection.execute(delete(documents).where(documents.c.id == document_id)).rowcount > 0
+            found = remove_documents(connection, documents.c.id == document_id) > 0
             if found and note is not None:
                 note(connection)
         return found

@@ -14,7 +14,7 @@ import structlog
 from prometheus_client import CollectorRegistry, Metric, start_http_server
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
-from sqlalchemy import Connection, case, delete, func, make_url, select, update
+from sqlalchemy import case, func, make_url, select, update
 from sqlalchemy.exc import SQLAlchemyError
 
 from atlas import admission, breakers, presence
@@ -22,7 +22,7 @@ from atlas.backups import BackupMetrics
 from atlas.crypto import Keyring
 from atlas.documents import Documents, Submission, Submitted
 from atlas.keys import progress
-from atlas.queue import QueueStats, in_state
+from atlas.queue import QueueStats, in_state, remove_documents
 from atlas.runtime import Runtime, open_queue, service_port
 from atlas.schema import PRIORITIES, documents, feeds, job_events, jobs
 from atlas.services import LEASE
@@ -68,7 +68,7 @@ class Probe:
         with self._documents.database.write() as connection:
             [taken] = self._documents.add(connection, [self._submission])
             if isinstance(taken, Submitted) and not taken.created:
-                _remove(connection, taken.id)
+                remove_documents(connection, documents.c.id == taken.id)
                 return
             self._sent_at = time.monotonic()
             if isinstance(taken, Exception):
@@ -91,17 +91,12 @@ class Probe:
         else:
             self._fail(job["error"] or f"it took more than {PROBE_LIMIT_SECONDS:.0f} s" if job else "it is gone")
         with self._documents.database.write() as connection:
-            _remove(connection, taken.id)
+            remove_documents(connection, documents.c.id == taken.id)
         self._taken = None
 
     def _fail(self, reason: str) -> None:
         self.up = False
         log.warning("the probe did not come through", reason=reason)
-
-
-def _remove(connection: Connection, document_id: str) -> None:
-    connection.execute(delete(job_events).where(job_events.c.document_id == document_id))
-    connection.execute(delete(documents).where(documents.c.id == document_id))
 
 
 @dataclass(frozen=True)

@@ -631,7 +631,15 @@ def remove(connection: Connection, ids: Sequence[int]) -> int:
     """Delete these jobs, and their documents if those were never processed: how many documents."""
     owners = connection.scalars(delete(jobs).where(jobs.c.id.in_(ids)).returning(jobs.c.document_id)).all()
     unprocessed = documents.c.id.in_([owner for owner in owners if owner]) & documents.c.processed_at.is_(None)
-    return connection.execute(delete(documents).where(unprocessed)).rowcount
+    return remove_documents(connection, unprocessed)
+
+
+def remove_documents(connection: Connection, which: ColumnElement[bool]) -> int:
+    """Delete documents, with the events of their jobs, whose errors may quote them: how many."""
+    gone = connection.scalars(delete(documents).where(which).returning(documents.c.id)).all()
+    if gone:
+        connection.execute(delete(job_events).where(job_events.c.document_id.in_(gone)))
+    return len(gone)
 
 
 def shown(job: Mapping[str, Any]) -> dict[str, Any]:

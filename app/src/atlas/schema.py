@@ -203,6 +203,15 @@ token_uses = Table(
     Column("hour_uses", BigInteger, nullable=False),
 )
 
+# Who is signed in to the status page: a row goes when its session is ended, or is over.
+sessions = Table(
+    "sessions",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("token", Text, nullable=False),
+    Column("until", BigInteger, nullable=False),
+)
+
 # Remote hosts of which there is something to remember: see breakers.Host.
 hosts = Table(
     "hosts",

@@ -81,19 +81,23 @@ def sign_in() -> AnyResponse:
         return _sign_in_page("This token is not valid.", 403)
     admit(token, "read")
     with shared.database.write() as connection:
+        session = shared.sessions.begin(connection, token)
         note(connection, "signed_in", "session")
     response = _to_page()
-    shared.sessions.begin(response, token)
+    shared.sessions.give(response, session)
     return response
 
 
 @blueprint.post("/sign-out")
-@describe({303: None} | dict.fromkeys((403, 413), "text/html"))
+@describe({303: None} | dict.fromkeys((403, 413, 503), "text/html"))
 def sign_out() -> AnyResponse:
     """End the session."""
-    _check_form(state())
+    shared = state()
+    _check_form(shared)
+    with shared.database.write() as connection:
+        shared.sessions.end(connection)
     response = _to_page()
-    state().sessions.end(response)
+    shared.sessions.take(response)
     return response
 
 

@@ -1,4 +1,4 @@
-"""Remote hosts and their breakers, repeated requests, feeds, the audit log, and the queue's history."""
+"""Remote hosts and their breakers, repeated requests, sessions, feeds, the audit log, and the queue's history."""
 
 from __future__ import annotations
 
@@ -65,6 +65,12 @@ def upgrade() -> None:
         sa.Column("minute_uses", sa.BigInteger, nullable=False),
         sa.Column("hour", sa.BigInteger, nullable=False),
         sa.Column("hour_uses", sa.BigInteger, nullable=False),
+    )
+    op.create_table(
+        "sessions",
+        sa.Column("id", sa.Text, primary_key=True),
+        sa.Column("token", sa.Text, nullable=False),
+        sa.Column("until", sa.BigInteger, nullable=False),
     )
     op.create_table(
         "feeds",
