@@ -253,6 +253,33 @@ def test_our_own_failures_say_nothing_of_a_host(make: Make) -> None:
     assert state_of(queue.database, "a").state == "open"
 
 
+def test_after_a_redirect_the_host_that_failed_is_charged(make: Make, database: Database, clock: Clock) -> None:
+    queue = make(failures=2, concurrency=9)
+    add(queue, "a.test", "a.test", "a.test")
+    one, two, three = queue.claim(3)
+    way = ("a.test", "b.test")
+    assert queue.fail_many([Failure(one, "network", "gone", asked=way)]) == ["ready"]
+    assert [state_of(database, name).failures for name in way] == [0, 1]
+    # An answer ends the row of failures, also of a host that was only led to.
+    queue.finish([Result(three, "made", way)])
+    assert state_of(database, "b.test").failures == 0
+    (again,) = queue.claim(3)
+    assert (again.id, again.host) == (one.id, "b.test")
+    queue.fail_many([Failure(job, "network", "gone", asked=way) for job in (again, two)])
+    assert [(state_of(database, name).failures, state_of(database, name).state) for name in way] == [
+        (0, "closed"),
+        (2, "open"),
+    ]
+    # What failed waits for the host that failed; others of its own host go on.
+    (fresh,) = add(queue, "a.test")
+    assert [job.id for job in queue.claim(9)] == [fresh] and in_lanes(database) == 2
+    clock.advance(LIMITS.open_seconds)
+    (tried,) = queue.claim(9)
+    queue.fail_many([Failure(tried, "network", "gone", asked=way[:1])])
+    assert state_of(database, "a.test").failures == 1
+    assert state_of(database, "b.test").at(clock.now).state == "half_open", "it was not asked"
+
+
 def test_a_pause_that_the_server_asks_for_holds_for_the_whole_host(make: Make, clock: Clock) -> None:
     queue = make()
     add(queue, "a", "a", "b")

@@ -10,16 +10,18 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import open_database, wait_for
 from running import Deployment, children, free_port, origin, send
+from sqlalchemy import select as query
 from sqlalchemy import update
 from sqlalchemy.exc import OperationalError
 
-from atlas import admission
+from atlas import admission, breakers
 from atlas.core import Core
 from atlas.crypto import Keyring
 from atlas.db import Database
@@ -120,6 +122,36 @@ def test_content_and_pages_are_processed_once_and_found(running: Callable[..., R
     assert shown is not None and shown.applied == 1
     assert (shown.title, shown.content_type) == ("Served", "text/html") and "origin speaks" in (shown.text or "")
     assert core.documents.search("plain words").items[0].title == "Given"
+
+
+def test_a_failure_behind_a_redirect_is_charged_to_its_host(running: Callable[..., Running], store: Database) -> None:
+    def fail(handler: BaseHTTPRequestHandler) -> None:
+        send(handler, b"", 503, Retry_After="120")
+
+    with origin(fail) as behind:
+
+        def lead(handler: BaseHTTPRequestHandler) -> None:
+            if handler.path == "/lead":
+                send(handler, b"", 302, Location=f"{behind}/page")
+            else:
+                send(handler, PAGE)
+
+        with origin(lead) as front:
+            core = running()
+            led = core.submit(url=f"{front}/lead")
+            hosts = [address.removeprefix("http://") for address in (front, behind)]
+
+            def charged() -> list[tuple[int, bool]]:
+                with store.read() as connection:
+                    known = breakers.load(connection, hosts)
+                    now = store.now(connection)
+                return [(known[name].failures, known[name].next_at > now + 60_000) for name in hosts]
+
+            wait_for(lambda: charged()[1] == (1, True), 20, "the host behind is charged")
+            assert charged()[0] == (0, False)
+            core.wait(core.submit(url=f"{front}/page"), "processed")
+            with store.read() as connection:
+                assert connection.scalar(query(jobs.c.host).where(jobs.c.document_id == led)) == hosts[1]
 
 
 def test_failures_keep_their_class_and_die_when_they_must(running: Callable[..., Running]) -> None:

@@ -23,6 +23,10 @@ FAULTS = frozenset({"timeout", "network", "dns", "server_error"})
 SILENT = frozenset({"internal", "refused"})
 FORGET_MS = 86_400_000
 
+# A host, how it failed (a class of error; None: it answered), and the pause that it asked for (s), which all its jobs
+# keep, up to the time of an open breaker.
+Seen = tuple[str, str | None, float]
+
 log = structlog.get_logger("atlas")
 
 
@@ -135,21 +139,18 @@ def observe(
     connection: Connection,
     now: int,
     limits: Limits,
-    ended: Collection[tuple[str, str | None, float]],
+    seen: Collection[Seen],
 ) -> None:
-    """Take note of how jobs ended: for each its host, its class of error (None: it went well), and the pause (s).
-
-    The pause is the one that the server asked for; all jobs of the host keep it, up to the time of an open breaker.
-    """
-    if not ended:
+    """Take note of what was seen of hosts."""
+    if not seen:
         return
-    names = {name for name, _, _ in ended}
-    if not any(error in FAULTS or pause for _, error, pause in ended) and not _troubled(connection, names):
+    names = {name for name, _, _ in seen}
+    if not any(error in FAULTS or pause for _, error, pause in seen) and not _troubled(connection, names):
         return
     lock(connection, names)
     before = load(connection, names)
     after = dict(before)
-    for name, error, pause in ended:
+    for name, error, pause in seen:
         host = after[name]
         if error in FAULTS:
             host = host.failed(now, limits, str(error))

@@ -52,34 +52,35 @@ class Processor:
 
     def process(self, job: Job, work: Work | None) -> Result | Failure:
         """What became of the job. Never raises."""
+        asked: list[str] = []
         try:
             if job.kind == "feed" and self._feeds is not None:
-                return Result(job, self._feed(self._feeds, str((job.payload or {})["feed"])))
+                return Result(job, self._feed(self._feeds, str((job.payload or {})["feed"]), asked), asked)
             if job.kind != "document":
                 return Failure(job, "unsupported", f"this release knows no job of kind {job.kind!r}")
             # Without a document there is nothing left to do: it was deleted.
-            return Result(job, None if work is None else self._document(work))
+            return Result(job, None if work is None else self._document(work, asked), asked)
         except FetchError as error:
-            return Failure(job, error.error_class, str(error), error.retry_after)
+            return Failure(job, error.error_class, str(error), error.retry_after, asked)
         except ExtractError as error:
             # A page that takes too long is no fault of its host.
             error_class = "parse_error" if error.error_class == "timeout" else error.error_class
-            return Failure(job, error_class, str(error))
+            return Failure(job, error_class, str(error), asked=asked)
         except Exception as error:
             log.exception("a job failed unexpectedly")
             return Failure(job, "internal", f"{type(error).__name__}: {one_line(error)}")
 
-    def _document(self, work: Work) -> Extracted:
+    def _document(self, work: Work, asked: list[str]) -> Extracted:
         if work.url is None:
             return self.extractor.extract((work.content or "").encode("utf-8", "replace"), work.content_type, "utf-8")
-        page = self._fetcher.fetch(work.url, request_headers(work.sensitive))
+        page = self._fetcher.fetch(work.url, request_headers(work.sensitive), asked=asked)
         return self.extractor.extract(page.body, page.content_type, page.charset, page.url)
 
-    def _feed(self, feeds: Feeds, feed_id: str) -> Polled | None:
+    def _feed(self, feeds: Feeds, feed_id: str, asked: list[str]) -> Polled | None:
         work = feeds.work(feed_id)
         if work is None:
             return None
-        page = self._fetcher.fetch(work.url, request_headers(work.sensitive), work.etag, work.last_modified)
+        page = self._fetcher.fetch(work.url, request_headers(work.sensitive), work.etag, work.last_modified, asked)
         if page.is_unchanged:
             return Polled(feed_id)
         found = self.extractor.feed(page.body, page.charset, page.url)

@@ -72,8 +72,9 @@ class Fetcher:
         private: Mapping[str, str] | None = None,
         etag: str | None = None,
         last_modified: str | None = None,
+        asked: list[str] | None = None,
     ) -> Page:
-        """The page at `url`. Raises FetchError.
+        """The page at `url`. Raises FetchError. To `asked` is added each host that is asked, as host[:port].
 
         `private` are request headers that no other host may see, also not after a redirect. `etag` and `last_modified`
         are those of the version that the caller knows.
@@ -86,7 +87,7 @@ class Fetcher:
             with httpx.Client(
                 transport=transport, headers=self._headers, trust_env=False, timeout=self._timeout
             ) as client:
-                return self._follow(client, url, headers, private or {}, deadline)
+                return self._follow(client, url, headers, private or {}, deadline, [] if asked is None else asked)
         except (httpx.TimeoutException, httpcore.TimeoutException) as error:
             raise FetchError("timeout", f"no complete answer within {self._timeout:g} s") from error
         except (httpx.HTTPError, httpcore.NetworkError, httpcore.ProtocolError) as error:
@@ -95,7 +96,13 @@ class Fetcher:
             raise FetchError("unsupported", f"not a usable URL: {error}") from error
 
     def _follow(
-        self, client: httpx.Client, url: str, headers: dict[str, str], private: Mapping[str, str], deadline: float
+        self,
+        client: httpx.Client,
+        url: str,
+        headers: dict[str, str],
+        private: Mapping[str, str],
+        deadline: float,
+        asked: list[str],
     ) -> Page:
         source = httpx.URL(url)
         for _ in range(self._redirects + 1):
@@ -105,6 +112,7 @@ class Fetcher:
             # A page must not make us send credentials, neither ours nor its own.
             target = target.copy_with(username=None, password=None)
             own = private if _is_same_place(source, target) else {}
+            asked.append(target.netloc.decode("ascii"))
             with client.stream("GET", target, headers={**headers, **own}) as response:
                 if response.has_redirect_location:
                     url = str(response.url.join(response.headers["location"]))

@@ -95,21 +95,43 @@ class Job:
 class Result:
     """A job that was done, and what it made; `value` goes to the `store` given to `finish`.
 
-    A value of None says that nothing was to be done, and so nothing of the job's host.
+    A value of None says that nothing was to be done, and so nothing of a host. `asked` are the remote hosts that
+    answered; if none is named, that of the job.
     """
 
     job: Job
     value: Any = None
+    asked: Sequence[str] = ()
+
+    def seen(self) -> list[breakers.Seen]:
+        """What this says of hosts."""
+        asked = self.asked or ([self.job.host] if self.job.host else [])
+        return [] if self.value is None else [(name, None, 0.0) for name in set(asked)]
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A job that did not work out. `retry_after` is in seconds, from the server."""
+    """A job that did not work out. `retry_after` is in seconds, from the server.
+
+    `asked` are the remote hosts that were asked, one after another: the last one failed, the others led there. If none
+    is named, it was the host of the job.
+    """
 
     job: Job
     error_class: str
     message: str
     retry_after: float | None = None
+    asked: Sequence[str] = ()
+
+    @property
+    def host(self) -> str | None:
+        """The host that failed: the job waits for that one from now on."""
+        return self.asked[-1] if self.asked else self.job.host
+
+    def seen(self) -> list[breakers.Seen]:
+        """What this says of hosts."""
+        ways: list[breakers.Seen] = [(name, None, 0.0) for name in {*self.asked} - {self.host}]
+        return ways + ([(self.host, self.error_class, self.retry_after or 0.0)] if self.host else [])
 
 
 @dataclass(frozen=True)
@@ -229,7 +251,15 @@ _FINISH = (
     .returning(jobs.c.id, jobs.c.token)
 )
 _ENDS = rows(
-    "held", id=BigInteger, token=BigInteger, state=Text, attempts=BigInteger, run_at=BigInteger, kind=Text, error=Text
+    "held",
+    id=BigInteger,
+    token=BigInteger,
+    state=Text,
+    attempts=BigInteger,
+    run_at=BigInteger,
+    kind=Text,
+    error=Text,
+    host=Text,
 )
 _FAIL = (
     update(jobs)
@@ -242,6 +272,7 @@ _FAIL = (
         lease_until=None,
         error_class=_ENDS.c.kind,
         error=_ENDS.c.error,
+        host=_ENDS.c.host,
     )
     .returning(jobs.c.id, jobs.c.token)
 )
@@ -440,10 +471,8 @@ class Queue:
             if store is not None and accepted:
                 store(connection, accepted)
             self._record(connection, now, "finished", kept)
-            ended = [
-                (result.job.host, None, 0.0) for result in accepted if result.job.host and result.value is not None
-            ]
-            breakers.observe(self.database, connection, now, self.limits, ended)
+            seen = [each for result in accepted for each in result.seen()]
+            breakers.observe(self.database, connection, now, self.limits, seen)
         return {result.job.id for result in results if (result.job.id, result.job.token) not in keys}
 
     def fail(self, job: Job, error_class: str, message: str, retry_after: float | None = None) -> str | None:
@@ -464,15 +493,12 @@ class Queue:
             kept = connection.execute(_FAIL, {"held": json.dumps(ends), "now": now}).all()
             keys = {(row.id, row.token) for row in kept}
             self._record(connection, now, "failed", kept)
-            ended = [
-                (failure.job.host, failure.error_class, failure.retry_after or 0.0)
-                for failure in failures
-                if failure.job.host and (failure.job.id, failure.job.token) in keys
-            ]
-            breakers.observe(self.database, connection, now, self.limits, ended)
+            held = [failure for failure in failures if (failure.job.id, failure.job.token) in keys]
+            seen = [each for failure in held for each in failure.seen()]
+            breakers.observe(self.database, connection, now, self.limits, seen)
         return [state if (job_id, token) in keys else None for job_id, token, state, *_ in ends]
 
-    def _end(self, failure: Failure, now: int) -> tuple[int, int, str, int, int, str, str]:
+    def _end(self, failure: Failure, now: int) -> tuple[int, int, str, int, int, str, str, str | None]:
         """A row of _ENDS."""
         job, retry = failure.job, self.retries.get(failure.error_class, Retry())
         spent = job.attempts
@@ -484,7 +510,8 @@ class Queue:
             delay = self._random_delay(min(self.retry_cap_seconds, base * 2 ** (job.attempts - 1)))
         state = "dead" if spent >= min(retry.attempts or self.attempts, self.attempts) else "ready"
         run_at = now + int(delay * 1000)
-        return job.id, job.token, state, spent, run_at, failure.error_class, clean(failure.message)[:2000]
+        error = clean(failure.message)[:2000]
+        return job.id, job.token, state, spent, run_at, failure.error_class, error, failure.host
 
     def release(self, claimed: Sequence[Job]) -> None:
         """Give jobs back unworked, for anyone at once; no attempt is spent."""
