@@ -4,21 +4,27 @@ BIN := $(VENV)/bin
 READY ?=
 APP_VENV := .cache/app-venv
 APP_READY := $(APP_VENV)/.ready
-SCRIPTS = $(shell grep -lE '^#!.*python' bin/*)
+SCRIPTS = $(shell grep -slE '^#!.*python' bin/*)
 SHELL_SCRIPTS = $(shell grep -rlIE --exclude-dir=.git --exclude-dir=.venv --exclude-dir=.cache --exclude-dir=.lab --exclude='*.j2' '^\#!.*\b(ba|da)?sh$$' .ci bin make roles molecule tests 2>/dev/null)
 TYPES := .cache/types/ansible/module_utils
 UV_COMPILE = $(CURDIR)/$(BIN)/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 \
 	--no-emit-index-url --custom-compile-command 'make lock'
 UNITS := unit-service unit-ansible
-LINTERS := lint-ansible lint-yaml lint-python lint-types lint-app-types lint-shell lint-docs
+LINTERS := lint-ansible lint-yaml lint-python lint-types lint-app-types lint-shell lint-docs lint-secrets
 
-.PHONY: release verify-release lock lint $(LINTERS) unit $(UNITS) format docs app-venv
+.PHONY: release verify-release audit hooks lock lint $(LINTERS) unit $(UNITS) format docs app-venv
 
 release: $(READY) ## build and sign dist/atlas-VERSION.tar.gz
 	@$(BIN)/python bin/build-release
 
 verify-release: $(READY) ## check a release as a host does [RELEASE=FILE]
 	@$(BIN)/python bin/verify-release $(RELEASE)
+
+audit: $(READY) ## known vulnerabilities of all locked packages; says so when it could not ask
+	@$(BIN)/python bin/audit
+
+hooks: $(READY) ## keep secrets out of commits: a pre-commit hook for this checkout
+	@git config core.hooksPath bin/hooks
 
 lock: $(READY) ## take newer versions into the four lock files
 	$(UV_COMPILE) --upgrade requirements.in -o requirements.lock
@@ -53,6 +59,9 @@ lint-shell:
 
 lint-docs:
 	@$(BIN)/python bin/generate-docs --check
+
+lint-secrets:
+	@$(BIN)/python bin/scan-secrets
 
 unit: $(READY) $(APP_READY) ## tests that need no lab
 	@$(MAKE) --no-print-directory --keep-going --output-sync=target -j$(shell nproc) $(UNITS)

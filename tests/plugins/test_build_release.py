@@ -180,6 +180,22 @@ def test_verify_release(project: Path, archive: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert release.file_digest(archive) in done.stdout
     assert "every file matches the manifest" in done.stdout
+    assert "those of the commit, computed again" in done.stdout
+
+
+def test_verify_release_finds_what_does_not_come_from_its_commit(project: Path, tmp_path: Path) -> None:
+    other = tmp_path / "forged"
+    subprocess.run(["git", "clone", "-q", str(project), str(other)], check=True)
+    (other / ".cache").symlink_to(PROJECT / ".cache")
+    # Git is told not to look: the manifest says that nothing was changed.
+    git(other, "update-index", "--assume-unchanged", "app/src/atlas/db.py")
+    with (other / "app/src/atlas/db.py").open("a") as file:
+        file.write("# not in any commit\n")
+    assert release.read_manifest(built(other))["dirty"] is False
+    done = run(other, "verify-release")
+    assert done.returncode == 1
+    assert "was not built from commit" in done.stderr and "app/src/atlas/db.py" in done.stderr
+    assert "app/bin/atlas" not in done.stderr and "its builder" not in done.stderr
 
 
 def test_verify_release_refuses(project: Path, archive: Path, tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ COUNT_SHARE = 0.02
 GROUP_ROWS = 1000
 FEW = 10_000
 TOTAL_MOST = 10_000
-_ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
+_ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # pragma: allowlist secret
 _PRIORITY_NAMES = {value: name for name, value in PRIORITIES.items()}
 _PAIRS = [first + second for first in _ALPHABET for second in _ALPHABET]
 
