@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from runpy import run_path
 
 import pytest
 from cryptography.fernet import Fernet
 from pydantic import SecretStr
 
 from atlas.crypto import Keyring, KeyringError
+from atlas.db import slot_connections
 from atlas.settings import Settings, SettingsError, load_identity, load_settings
 
 GOOD = {"environment": "staging", "database_url": "postgresql+psycopg://atlas_a@192.0.2.1:5432/atlas"}
@@ -48,6 +50,14 @@ def test_file_credentials_and_arguments_are_joined(write: Write) -> None:
     assert settings.database_password == SecretStr("pw")
     assert settings.tokens[0].name == "t"
     assert "pw" not in repr(settings)
+
+
+@pytest.mark.parametrize("given", [{}, {"api_workers": 2}, {"api_threads": 3, "core_concurrency": 9, "api_workers": 4}])
+def test_the_inventories_know_how_many_connections_a_slot_opens(write: Write, given: dict[str, int]) -> None:
+    """Too few in PostgreSQL's max_connections, and a deploy, when both slots run, would find none left."""
+    write(GOOD | given, fernet_keys="a", database_password="pw", tokens="[]")
+    inventory = run_path(str(Path(__file__).parents[2] / "plugins" / "filter" / "atlas.py"))
+    assert inventory["slot_connections"](given) == slot_connections(load_settings())
 
 
 def test_a_token_without_limits_has_the_usual_ones(write: Write) -> None:

@@ -106,6 +106,32 @@ def test_a_writer_waits_for_another_process(tmp_path: Path) -> None:
     second.close()
 
 
+def test_a_process_opens_no_more_connections_than_it_was_given(cluster: Cluster) -> None:
+    """Its threads wait for each other instead: PostgreSQL has so many for all hosts together."""
+    cluster.execute("CREATE DATABASE test_connections OWNER atlas")
+    store = Database.from_url(cluster.url("test_connections", "atlas_a"), role="atlas", pool_size=2)
+    busy = threading.Barrier(2)
+
+    def work(number: int) -> int:
+        with store.read() as connection:
+            if number < 2:
+                busy.wait(10)
+            count = text(
+                "SELECT count(*) FROM pg_stat_activity "
+                "WHERE datname = current_database() AND application_name = 'atlas'"
+            )
+            connection.execute(text("SELECT pg_sleep(0.01)"))
+            return int(connection.scalar(count) or 0)
+
+    try:
+        with ThreadPoolExecutor(12) as pool:
+            seen = list(pool.map(work, range(60)))
+    finally:
+        store.close()
+        cluster.execute("DROP DATABASE test_connections WITH (FORCE)")
+    assert max(seen) == 2
+
+
 def test_postgresql_works_as_the_role(cluster: Cluster) -> None:
     store = Database.from_url(cluster.url("template_atlas", "atlas_a"), role="atlas")
     with pytest.raises(DBAPIError), store.write() as connection:

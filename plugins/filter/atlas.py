@@ -39,9 +39,18 @@ def token_credentials(tokens: Iterable[Mapping[str, Any]]) -> str:
     )
 
 
+def slot_connections(settings: Mapping[str, Any]) -> int:
+    """Return how many connections to PostgreSQL the services of a slot open at most, by its *settings*.
+
+    The same as the service's own ``atlas.db.slot_connections``; a test of the service compares them.
+    """
+    api = int(settings.get("api_workers", 1)) * (int(settings.get("api_threads", 8)) + 3)
+    return api + int(settings.get("core_concurrency", 4)) + 14
+
+
 class FilterModule:
     """Ansible's entry point to the filters above."""
 
     def filters(self) -> dict[str, Any]:
         """Return the filters by name."""
-        return {"token_credentials": token_credentials}
+        return {"token_credentials": token_credentials, "slot_connections": slot_connections}

@@ -51,6 +51,8 @@ INSERT_ROWS = 10_000
 BELL = "atlas_jobs"  # the channel of NOTIFY
 BELL_SECONDS = 0.02
 WRITER_SECONDS = 30.0
+# Connections of a process besides those of its threads: heartbeat, counting, one look within another.
+SPARE = 3
 PG_NOW = "(extract(epoch from statement_timestamp()) * 1000)::bigint"
 
 
@@ -70,19 +72,30 @@ def rfc3339(milliseconds: int | None) -> str | None:
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
+def slot_connections(settings: Settings) -> int:
+    """How many connections to PostgreSQL the four services of one slot open at most: its server needs room for them.
+
+    Known to the inventories as well, by the filter of this name.
+    """
+    api = settings.api_workers * (settings.api_threads + SPARE)
+    # core, services and monitoring each listen on one more.
+    return api + (settings.core_concurrency + SPARE + 1) + 2 * (1 + SPARE + 1)
+
+
 class Database:
     """The store. `clock` replaces the database's clock in tests (milliseconds)."""
 
     _writer: Engine
     _reader: Engine
 
-    def __init__(self, settings: Settings, clock: Callable[[], int] | None = None) -> None:
+    def __init__(self, settings: Settings, threads: int = 1, clock: Callable[[], int] | None = None) -> None:
+        """`threads`: how many of this process use it at once; on PostgreSQL it opens so many connections and SPARE."""
         secret = settings.database_password
         self._open(
             make_url(settings.database_url),
             secret.get_secret_value() if secret else None,
             settings.database_role,
-            settings.api_threads + settings.core_concurrency,
+            threads + SPARE,
         )
         # Read by audit.record, which is handed a connection and nothing else.
         self._writer = self._writer.execution_options(audit_retention_days=settings.audit_retention_days)
@@ -122,7 +135,9 @@ class Database:
                 url.set(password=password) if password else url,
                 connect_args={"options": options, "application_name": "atlas", "connect_timeout": 10},
                 pool_size=pool_size,
-                max_overflow=pool_size,
+                # A server has so many connections for all hosts: who finds none free waits for one of its own process.
+                max_overflow=0,
+                pool_timeout=WRITER_SECONDS,
                 pool_pre_ping=True,
                 hide_parameters=True,
             )

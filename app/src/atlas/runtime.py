@@ -38,7 +38,7 @@ class Runtime:
         self.identity = load_identity(self.settings)
         logs.configure(self.settings.log_level, service, self.identity)
         self.owner = f"{self.identity.host}/{self.identity.slot}/{service}/{os.getpid()}"
-        self.database = Database(self.settings)
+        self.database = Database(self.settings, self.settings.core_concurrency if service == "core" else 1)
         self.started_at = time.time_ns() // 1_000_000
         self.stopping = False
         self.detail: Mapping[str, Any] | None = None

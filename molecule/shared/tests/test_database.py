@@ -32,3 +32,15 @@ def test_only_app_hosts_are_let_in(lab: Lab) -> None:
 def test_a_forgotten_transaction_is_ended(lab: Lab) -> None:
     for host in lab.group("database"):
         assert sql(lab, host, "SHOW idle_in_transaction_session_timeout") not in ("0", "")
+
+
+def test_there_is_room_for_both_slots_of_every_host(lab: Lab) -> None:
+    """In the middle of a switch all of them run; and a host's share is what the service says that it opens at most."""
+    for host in lab.group("database"):
+        room = int(sql(lab, host, "SHOW max_connections")) - int(sql(lab, host, "SHOW superuser_reserved_connections"))
+        hosts = lab.group("app")
+        used = sql(
+            lab, host, "SELECT client_addr, count(*) FROM pg_stat_activity WHERE application_name = 'atlas' GROUP BY 1"
+        )
+        most = max(int(line.split("|")[1]) for line in used.splitlines())
+        assert most < room / len(hosts), f"a host holds {most} of {room} connections, and there are {len(hosts)} hosts"

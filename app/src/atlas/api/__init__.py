@@ -65,7 +65,7 @@ def create_app(settings: Settings, identity: Identity) -> Flask:
     app.config["MAX_CONTENT_LENGTH"] = settings.content_limit_bytes * BODY_PER_CONTENT + BODY_EXTRA_BYTES
     app.json.sort_keys = False  # type: ignore[attr-defined]
     keyring = Keyring.from_secret(settings.fernet_keys)
-    database = Database(settings)
+    database = Database(settings, settings.api_threads)
     queue = open_queue(database, f"{identity.host}/{identity.slot}/api", identity.deployment, settings)
     tokens = Tokens(database)
     app.extensions["atlas"] = shared = State(
