@@ -39,12 +39,13 @@ def token_credentials(tokens: Iterable[Mapping[str, Any]]) -> str:
     )
 
 
-def slot_connections(settings: Mapping[str, Any]) -> int:
+def slot_connections(settings: Mapping[str, Any], api_workers: int = 1) -> int:
     """Return how many connections to PostgreSQL the services of a slot open at most, by its *settings*.
 
-    The same as the service's own ``atlas.db.slot_connections``; a test of the service compares them.
+    *api_workers* is what the settings mean where they do not say. The service has the same as ``atlas.db.slot_connections``; one of
+    its tests compares them.
     """
-    api = int(settings.get("api_workers", 1)) * (int(settings.get("api_threads", 8)) + 3)
+    api = int(settings.get("api_workers", api_workers)) * (int(settings.get("api_threads", 8)) + 3)
     return api + int(settings.get("core_concurrency", 4)) + 14
 
 
