@@ -10,12 +10,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
-from ansible.module_utils import lab_tls
+from ansible.module_utils import lab_tls, vault_spec
 from ansible.module_utils.labs import ORIGIN, Lab, LabError, Record, edges, write_file
 from ansible.module_utils.vault_spec import generate, random_password
 
@@ -128,10 +128,20 @@ def derive(lab: Lab, record: Record, source: Path) -> list[str]:
 def _secrets(lab: Lab, vault: Path) -> list[str]:
     password = lab.directory / "vault-password"
     if password.is_file() and vault.is_file():
-        return []
+        return _complete(lab, vault, password)
     write_file(password, random_password() + "\n", 0o600)
     encrypt_vault(vault, f"lab-{lab.name}", password)
     return ["secrets generated"]
+
+
+def _complete(lab: Lab, vault: Path, password: Path) -> list[str]:
+    """Give a lab that was raised before a secret came into use that secret; the others stay."""
+    if vault.stat().st_mtime_ns > Path(vault_spec.__file__).stat().st_mtime_ns:
+        return []
+    known = yaml.safe_load(ansible_vault("view", "--vault-id", f"lab-{lab.name}@{password}", str(vault)))
+    missing = {name: value for name, value in generate().items() if name not in known}
+    encrypt_vault(vault, f"lab-{lab.name}", password, known | missing)
+    return [f"{name} generated" for name in missing]
 
 
 def _access(lab: Lab, record: Record, source: Path, vault: Path) -> list[str]:
@@ -158,13 +168,13 @@ def _access(lab: Lab, record: Record, source: Path, vault: Path) -> list[str]:
     return ["access.json written"] if write_file(path, json.dumps(content, indent=2) + "\n", 0o600) else []
 
 
-def encrypt_vault(vault: Path, vault_id: str, client: Path) -> None:
-    """Write new secrets to `vault`, encrypted; the plain text exists only in memory and in a pipe."""
+def encrypt_vault(vault: Path, vault_id: str, client: Path, secrets: Mapping[str, Any] | None = None) -> None:
+    """Write `secrets`, or new ones, to `vault`, encrypted; the plain text exists only in memory and in a pipe."""
     vault.parent.mkdir(parents=True, exist_ok=True)
     draft = vault.with_name(f".vault.{os.getpid()}")
     arguments = ["--vault-id", f"{vault_id}@{client}", "--encrypt-vault-id", vault_id, "--output", str(draft), "-"]
     try:
-        ansible_vault("encrypt", *arguments, plain=yaml.safe_dump(generate(), sort_keys=False))
+        ansible_vault("encrypt", *arguments, plain=yaml.safe_dump(dict(secrets or generate()), sort_keys=False))
         draft.chmod(0o600)
         draft.replace(vault)
     finally:

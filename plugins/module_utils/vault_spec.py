@@ -120,6 +120,8 @@ SECRETS = (
         lambda: [{"name": "operator", "token": random_token(), "scopes": list(TOKEN_SCOPES), "limits": None}],
         _tokens_weakness,
     ),
+    Secret("vault_backup_repository_password", random_password, _password_weakness),
+    Secret("vault_backup_database_password", random_password, _password_weakness),
     Secret("vault_haproxy_tls_pem", None, _pem_weakness),
 )
 OPTIONAL = {secret.name for secret in SECRETS if secret.make is None}

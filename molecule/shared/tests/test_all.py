@@ -192,6 +192,10 @@ def allowed(lab: Lab, source: str, target: str) -> set[int]:
         ports.add(8101)
     if target in lab.group("database") and source in lab.group("app"):
         ports.add(5432)
+    if source in lab.group("backup"):
+        # It fetches copies from the app hosts, and the log of the database, and delivers restores to both.
+        ports |= {22} if target in lab.group("app") else set()
+        ports |= {22, 5432} if target in lab.group("database") else set()
     return ports
 
 

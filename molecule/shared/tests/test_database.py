@@ -19,13 +19,19 @@ def test_passwords_are_scram_and_the_owner_cannot_log_in(lab: Lab) -> None:
         assert stored == "SCRAM-SHA-256"
 
 
-def test_only_app_hosts_are_let_in(lab: Lab) -> None:
+def test_only_app_hosts_and_the_backup_host_are_let_in(lab: Lab) -> None:
     for host in lab.group("database"):
         rules = sql(
             lab, host, "SELECT address || ' ' || auth_method FROM pg_hba_file_rules WHERE type LIKE 'host%' ORDER BY 1"
         ).splitlines()
         addresses = {rule.split()[0].split("/")[0] for rule in rules}
-        assert addresses - {"127.0.0.1", "::1"} == {lab.hosts[name] for name in lab.group("app")}
+        assert addresses - {"127.0.0.1", "::1"} == {lab.hosts[name] for name in lab.group("app") + lab.group("backup")}
+        backup = sql(
+            lab,
+            host,
+            "SELECT DISTINCT array_to_string(database, ',') FROM pg_hba_file_rules WHERE user_name = '{atlas_backup}'",
+        )
+        assert backup == "postgres,replication", "backups need no table of the service"
         assert {rule.split()[1] for rule in rules} == {"scram-sha-256"}
 
 

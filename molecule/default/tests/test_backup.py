@@ -1,0 +1,175 @@
+"""Backups of a SQLite store: destroyed and restored; every kind of damage is named and destroys nothing good."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from backuptest import REPOSITORY, fails, gone, ingest, points, processed, replace_credential, return_credential, run
+from labtest import Lab
+
+HOST = "dev1"
+
+
+@pytest.fixture(scope="module")
+def kept(lab: Lab, wait_for: Callable[..., Any]) -> dict[str, dict[str, str]]:
+    """Documents by the last thing that saved them: a label, an increment, or nothing."""
+    labelled = ingest(lab, ["a1", "a2", "a3"])
+    processed(lab, labelled, wait_for)
+    done = lab.playbook("backup", "-e", "backup_label=kept")
+    assert done.returncode == 0, done.stdout + done.stderr
+    saved = ingest(lab, ["b1", "b2"])
+    processed(lab, saved, wait_for)
+    assert run(lab, HOST, "increment")[0] == 0
+    return {"labelled": labelled, "saved": saved, "lost": ingest(lab, ["c1"])}
+
+
+def test_a_destroyed_store_comes_back_as_of_the_last_increment(
+    lab: Lab, wait_for: Callable[..., Any], kept: dict[str, dict[str, str]]
+) -> None:
+    lab.ssh(HOST, "systemctl kill -s KILL 'atlas-*@blue.service' 'atlas-*@green.service'; rm -rf /var/lib/atlas/*")
+    done = lab.playbook("restore", "-e", "confirm=development")
+    assert done.returncode == 0, done.stdout + done.stderr
+    processed(lab, kept["labelled"] | kept["saved"], wait_for)
+    assert gone(lab, kept["lost"]) == list(kept["lost"])
+    assert lab.http("POST", "/v1/documents", {"content": "after the restore", "content_type": "text/plain"}).status in (
+        200,
+        202,
+    )
+
+
+def test_a_label_returns_its_moment(lab: Lab, wait_for: Callable[..., Any], kept: dict[str, dict[str, str]]) -> None:
+    assert lab.playbook("restore", "-e", "backup_restore_label=kept", timeout=60).returncode != 0, "it asked nobody"
+    assert gone(lab, kept["saved"]) == []
+    done = lab.playbook("restore", "-e", "confirm=development", "-e", "backup_restore_label=kept")
+    assert done.returncode == 0, done.stdout + done.stderr
+    processed(lab, kept["labelled"], wait_for)
+    assert gone(lab, kept["saved"]) == list(kept["saved"])
+    safety = lab.ssh(HOST, "ls /var/lib/atlas/before-restore-*/atlas.db").stdout.split()
+    assert len(safety) == 1
+
+
+def test_a_restore_that_the_service_refuses_undoes_itself(
+    lab: Lab, wait_for: Callable[..., Any], kept: dict[str, dict[str, str]]
+) -> None:
+    later = ingest(lab, ["d1"])
+    processed(lab, later, wait_for)
+    lab.ssh(
+        HOST,
+        "mv /usr/local/bin/atlas /root/atlas; printf '#!/bin/sh\necho refused >&2\nexit 1\n' > /usr/local/bin/atlas; chmod 755 /usr/local/bin/atlas",
+    )
+    try:
+        done = lab.playbook("restore", "-e", "confirm=development", "-e", "backup_restore_label=kept")
+    finally:
+        lab.ssh(HOST, "mv /root/atlas /usr/local/bin/atlas")
+    assert done.returncode != 0 and "Nothing was restored; the store is what it was" in done.stdout, done.stdout
+    assert "refused" in done.stdout
+    processed(lab, kept["labelled"] | later, wait_for)
+    assert (
+        lab.ssh(HOST, "ls -d /var/lib/atlas/restore-incoming /var/lib/atlas-restore/door.json 2>/dev/null").stdout == ""
+    )
+
+
+def test_a_drill_proves_the_newest_backup_and_says_how_long_it_took(lab: Lab, kept: dict[str, dict[str, str]]) -> None:
+    assert run(lab, HOST, "increment")[0] == 0
+    status, found = run(lab, HOST, "drill")
+    assert status == 0, found
+    assert found["sensitive"] == found["rows"]["documents"] - 1 or found["sensitive"] >= len(kept["labelled"])
+    assert found["searched"] is not None
+    job = lab.http("GET", "/health").body["backup"]["jobs"]["drill"]
+    assert job["ok"] is True and job["problem"] is None
+    assert job["rto_seconds"] > 0 and job["rpo_seconds"] < 600
+    assert 'atlas_backup_ok{job="drill"} 1.0' in lab.http("GET", "/metrics").body
+
+
+def test_a_drill_fails_without_the_key(lab: Lab, kept: dict[str, dict[str, str]]) -> None:
+    other = base64.urlsafe_b64encode(b"k" * 32).decode()
+    replace_credential(lab, HOST, "fernet_keys", other)
+    try:
+        fails(lab, HOST, "drill", "need a key that is not in the keyring")
+    finally:
+        return_credential(lab, HOST, "fernet_keys")
+
+
+def test_a_drill_fails_on_a_schema_that_the_release_cannot_read(lab: Lab, kept: dict[str, dict[str, str]]) -> None:
+    change = """#python
+import sqlite3
+store = sqlite3.connect("/var/lib/atlas/atlas.db", timeout=20)
+if {new!r}:
+    store.execute("UPDATE alembic_version SET version_num = ?", ({new!r},))
+    store.execute("INSERT INTO schema_revisions (revision, phase, applied_at) VALUES (?, 'contract', 1)", ({new!r},))
+else:
+    store.execute("DELETE FROM schema_revisions WHERE revision = '9999'")
+    store.execute("UPDATE alembic_version SET version_num = (SELECT max(revision) FROM schema_revisions)")
+store.commit()
+"""
+    try:
+        assert lab.ssh(HOST, change.format(new="9999")).returncode == 0
+        assert run(lab, HOST, "increment")[0] == 0
+    finally:
+        assert lab.ssh(HOST, change.format(new="")).returncode == 0
+    fails(lab, HOST, "drill", "the schema is at 9999")
+    assert run(lab, HOST, "increment")[0] == 0
+
+
+@pytest.fixture
+def pack(lab: Lab) -> Iterator[str]:
+    """The largest file of the repository; whatever a test does to it is undone."""
+    name = lab.ssh(HOST, f"ls -S {REPOSITORY}/restic/data/*/* | head -1").stdout.strip()
+    assert name
+    lab.ssh(HOST, f"cp -a {name} /root/pack && chmod u+w {name}")
+    yield name
+    lab.ssh(HOST, f"rm -f {name}; cp -a /root/pack {name}")
+
+
+@pytest.mark.parametrize("damage", ["flipped", "missing", "truncated"])
+def test_damage_is_found_named_and_seen_by_the_drill(lab: Lab, pack: str, damage: str) -> None:
+    before = points(lab, HOST)
+    script = {
+        "flipped": f"printf 'XXXX' | dd of={pack} bs=1 seek=20000 conv=notrunc status=none",
+        "missing": f"rm {pack}",
+        "truncated": f"truncate -s 30000 {pack}",
+    }
+    lab.ssh(HOST, script[damage])
+    fails(lab, HOST, "check", "damaged repository")
+    if damage == "flipped":
+        fails(lab, HOST, "drill", "damaged repository")
+    assert points(lab, HOST) == before
+
+
+def test_a_wrong_password_is_named(lab: Lab, kept: dict[str, dict[str, str]]) -> None:
+    before = points(lab, HOST)
+    replace_credential(lab, HOST, "restic_password", "not the password")
+    try:
+        fails(lab, HOST, "increment", "wrong password")
+    finally:
+        return_credential(lab, HOST, "restic_password")
+    assert points(lab, HOST) == before
+
+
+def test_a_full_disk_is_named(lab: Lab, kept: dict[str, dict[str, str]]) -> None:
+    before = points(lab, HOST)
+    assert lab.operate("fill-disk", lab.name, HOST, REPOSITORY).returncode == 0
+    try:
+        fails(lab, HOST, "increment", "full disk")
+    finally:
+        lab.operate("free-disk", lab.name, HOST, REPOSITORY)
+    assert points(lab, HOST) == before
+
+
+def test_a_lost_repository_is_named_and_not_made_anew(lab: Lab, kept: dict[str, dict[str, str]]) -> None:
+    lab.ssh(HOST, f"mv {REPOSITORY}/restic/config /root/config")
+    try:
+        assert "missing repository" in run(lab, HOST, "init")[1]
+        fails(lab, HOST, "increment", "missing repository")
+    finally:
+        lab.ssh(HOST, f"mv /root/config {REPOSITORY}/restic/config")
+
+
+def test_mended_all_is_well_again(lab: Lab, kept: dict[str, dict[str, str]]) -> None:
+    for job in ("increment", "check", "drill"):
+        status, said = run(lab, HOST, job)
+        assert status == 0, said
+    assert lab.http("GET", "/health").body["status"] == "ok"

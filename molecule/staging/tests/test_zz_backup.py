@@ -1,0 +1,108 @@
+"""Backups of PostgreSQL: to the second before a mistake, after the loss of the database; and what an intruder can do."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from backuptest import gone, ingest, points, processed, run
+from labtest import Lab, sql
+
+BACKUP, DATABASE, APP = "backup1", "db1", "app1"
+
+
+@pytest.fixture(scope="module")
+def kept(lab: Lab, wait_for: Callable[..., Any]) -> dict[str, str]:
+    """Documents that a labelled backup holds."""
+    documents = ingest(lab, ["a1", "a2", "a3"])
+    processed(lab, documents, wait_for)
+    done = lab.playbook("backup", "-e", "backup_label=kept")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return documents
+
+
+def test_a_drill_proves_backup_and_log(lab: Lab, kept: dict[str, str]) -> None:
+    status, found = run(lab, BACKUP, "drill")
+    assert status == 0, found
+    assert found["sensitive"] >= len(kept) and found["searched"] is not None
+    assert found["rpo_seconds"] < 60
+    job = lab.http("GET", "/health").body["backup"]["jobs"]["drill"]
+    assert job["ok"] is True and job["rto_seconds"] > 0
+
+
+def test_a_mistake_is_undone_to_the_second_before_it(
+    lab: Lab, wait_for: Callable[..., Any], kept: dict[str, str]
+) -> None:
+    later = ingest(lab, ["b1", "b2"])
+    processed(lab, later, wait_for)
+    time.sleep(1.1)
+    moment = sql(
+        lab, DATABASE, "SELECT to_char(clock_timestamp() AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS\"Z\"')"
+    )
+    time.sleep(1.1)
+    sql(lab, DATABASE, "DELETE FROM jobs; DELETE FROM documents")
+    assert gone(lab, kept | later) == list(kept | later)
+    done = lab.playbook("restore", "-e", "confirm=staging", "-e", f"backup_restore_time={moment}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    processed(lab, kept | later, wait_for)
+
+
+def test_a_lost_database_loses_nothing_that_was_acknowledged_a_second_before(
+    lab: Lab, wait_for: Callable[..., Any], kept: dict[str, str]
+) -> None:
+    later = ingest(lab, ["c1", "c2", "c3"])
+    time.sleep(1)
+    lab.ssh(DATABASE, "systemctl kill -s KILL 'postgresql@*'; rm -rf /var/lib/postgresql/*/main")
+    done = lab.playbook("restore", "-e", "confirm=staging")
+    assert done.returncode == 0, done.stdout + done.stderr
+    processed(lab, kept | later, wait_for)
+    assert run(lab, BACKUP, "increment")[0] == 0, "the log of the restored database is not received"
+
+
+def test_an_app_host_holds_nothing_that_opens_or_reaches_the_repository(lab: Lab, kept: dict[str, str]) -> None:
+    before = points(lab, BACKUP)
+    address = lab.hosts[BACKUP]
+    tried = lab.ssh(
+        APP,
+        f"find / -xdev -name 'id_*' -path '*/.ssh/*' 2>/dev/null; ls /etc/atlas/backup-credentials 2>/dev/null;"
+        f" for port in 22 873 8000 5432; do timeout 3 bash -c '</dev/tcp/{address}/'$port 2>/dev/null && echo open $port; done; true",
+    )
+    assert tried.stdout == "", tried.stdout
+    assert points(lab, BACKUP) == before
+
+
+def test_a_stolen_app_host_can_neither_smuggle_nor_remove(lab: Lab, kept: dict[str, str]) -> None:
+    before = points(lab, BACKUP)
+    hostile = r"""#!/usr/bin/python3
+import io, sys, tarfile
+if sys.argv[1:2] != ["export"]:
+    import runpy
+    sys.exit(runpy.run_path("/root/agent")["main"](sys.argv[1:]))
+out = tarfile.open(fileobj=sys.stdout.buffer, mode="w|")
+info = tarfile.TarInfo("../../restic/config")
+info.size = 4
+out.addfile(info, io.BytesIO(b"junk"))
+out.close()
+"""
+    lab.ssh(
+        APP,
+        f"cp -a /usr/local/sbin/atlas-backup-agent /root/agent; cat > /usr/local/sbin/atlas-backup-agent <<'END'\n{hostile}END\n",
+    )
+    try:
+        status, said = run(lab, BACKUP, "take")
+    finally:
+        lab.ssh(APP, "cp -a /root/agent /usr/local/sbin/atlas-backup-agent")
+    assert status == 1 and "has no place here" in said, said
+    assert points(lab, BACKUP) == before
+    assert run(lab, BACKUP, "check")[0] == 0
+
+
+def test_a_backup_host_that_is_down_is_named(lab: Lab, kept: dict[str, str]) -> None:
+    lab.operate("cut", lab.name, BACKUP)
+    try:
+        done = lab.playbook("backup", "-e", "ansible_ssh_retries=0", "-e", "ansible_ssh_timeout=5", timeout=120)
+    finally:
+        lab.operate("join", lab.name, BACKUP)
+    assert done.returncode != 0 and BACKUP in done.stdout and "UNREACHABLE" in done.stdout
