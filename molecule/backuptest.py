@@ -2,20 +2,44 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from labtest import Lab
 
 REPOSITORY = "/var/lib/atlas-backup"
+RUN = uuid.uuid4().hex[:8]
+"""Sets the documents and labels of this run apart from those of an earlier one on the same lab."""
+LABEL = f"kept-{RUN}"
+TIMERS = " ".join(f"atlas-backup-{job}.timer" for job in ("increment", "daily", "check", "drill"))
+
+
+@contextlib.contextmanager
+def without_timers(lab: Lab, host: str) -> Iterator[None]:
+    """Stop the timers of *host*, which have to be there, and wait for what they started; they run again afterwards."""
+    assert lab.ssh(host, f"systemctl is-active {TIMERS} && systemctl is-enabled {TIMERS}").returncode == 0
+    lab.ssh(host, f"systemctl stop {TIMERS}; while systemctl is-active -q 'atlas-backup@*'; do sleep 0.5; done")
+    try:
+        yield
+    finally:
+        lab.ssh(host, f"systemctl start {TIMERS}")
+
+
+def unit(lab: Lab, host: str, job: str) -> str:
+    """Run *job* as its timer does; returns what it said if it failed, else nothing."""
+    name = f"atlas-backup@{job}.service"
+    done = lab.ssh(host, f"systemctl start {name} || {{ journalctl -u {name} -n 5 -o cat; exit 1; }}", timeout=600)
+    return done.stdout + done.stderr if done.returncode else ""
 
 
 def ingest(lab: Lab, names: list[str]) -> dict[str, str]:
     """Take in one document for each name, each with a private note; returns id → text of what was acknowledged."""
     taken = {}
     for name in names:
-        text = f"The lighthouse keeper writes down every passing vessel before breakfast, entry {name}"
+        text = f"The lighthouse keeper writes down every passing vessel before breakfast, entry {name} of {RUN}"
         body = {"content": text, "content_type": "text/plain", "sensitive": {"notes": f"note of {name}"}}
         answer = lab.http("POST", "/v1/documents", body)
         assert answer.status == 202, answer
@@ -36,7 +60,7 @@ def processed(lab: Lab, documents: dict[str, str], wait_for: Callable[..., Any])
             for name, body in found.items()
         )
 
-    wait_for(look, 60, f"{len(documents)} documents are there, whole, and applied once")
+    wait_for(look, 120, f"{len(documents)} documents are there, whole, and applied once")
 
 
 def gone(lab: Lab, documents: dict[str, str]) -> list[str]:
@@ -46,22 +70,24 @@ def gone(lab: Lab, documents: dict[str, str]) -> list[str]:
 
 def run(lab: Lab, host: str, *arguments: str) -> tuple[int, Any]:
     """Run ``atlas-backup`` on *host*: status, and its JSON or what it said."""
-    done = lab.ssh(host, f"atlas-backup {' '.join(arguments)}", timeout=300)
+    done = lab.ssh(host, f"atlas-backup {' '.join(arguments)}", timeout=600)
     return done.returncode, json.loads(done.stdout) if done.returncode == 0 else done.stderr.strip()
 
 
-def fails(lab: Lab, host: str, job: str, name: str) -> str:
-    """Run *job*, which has to fail and to name its cause *name*, there and in /health; returns what it said."""
+def fails(lab: Lab, host: str, wait_for: Callable[..., Any], job: str, name: str) -> None:
+    """Run *job*, which has to fail and to name its cause *name*, there and in /health."""
     status, said = run(lab, host, job)
     assert status == 1, said
     assert name in said, said
-    reported = {"daily": "backup"}.get(job, job)
-    health = lab.http("GET", "/health").body
-    assert health["status"] == "degraded", health["backup"]
-    assert any(line.startswith(f"{reported} failed") and name in line for line in health["backup"]["problems"]), health[
-        "backup"
-    ]
-    return str(said)
+
+    def seen() -> bool:
+        health = lab.http("GET", "/health").body
+        shown = health["backup"]["problems"] if isinstance(health, dict) else []
+        return (
+            any(line.startswith(f"{job} failed") and name in line for line in shown) and health["status"] == "degraded"
+        )
+
+    wait_for(seen, 30, f"/health names the failure of {job}: {name}")
 
 
 def points(lab: Lab, host: str) -> list[str]:

@@ -7,10 +7,30 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from backuptest import REPOSITORY, fails, gone, ingest, points, processed, replace_credential, return_credential, run
+from backuptest import (
+    LABEL,
+    REPOSITORY,
+    fails,
+    gone,
+    ingest,
+    points,
+    processed,
+    replace_credential,
+    return_credential,
+    run,
+    unit,
+    without_timers,
+)
 from labtest import Lab
 
 HOST = "dev1"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quiet(lab: Lab) -> Iterator[None]:
+    """No job starts by itself while backups are hurt and counted."""
+    with without_timers(lab, HOST):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -18,11 +38,11 @@ def kept(lab: Lab, wait_for: Callable[..., Any]) -> dict[str, dict[str, str]]:
     """Documents by the last thing that saved them: a label, an increment, or nothing."""
     labelled = ingest(lab, ["a1", "a2", "a3"])
     processed(lab, labelled, wait_for)
-    done = lab.playbook("backup", "-e", "backup_label=kept")
+    done = lab.playbook("backup", "-e", f"backup_label={LABEL}")
     assert done.returncode == 0, done.stdout + done.stderr
     saved = ingest(lab, ["b1", "b2"])
     processed(lab, saved, wait_for)
-    assert run(lab, HOST, "increment")[0] == 0
+    assert unit(lab, HOST, "increment") == ""
     return {"labelled": labelled, "saved": saved, "lost": ingest(lab, ["c1"])}
 
 
@@ -34,16 +54,13 @@ def test_a_destroyed_store_comes_back_as_of_the_last_increment(
     assert done.returncode == 0, done.stdout + done.stderr
     processed(lab, kept["labelled"] | kept["saved"], wait_for)
     assert gone(lab, kept["lost"]) == list(kept["lost"])
-    assert lab.http("POST", "/v1/documents", {"content": "after the restore", "content_type": "text/plain"}).status in (
-        200,
-        202,
-    )
+    assert lab.http("POST", "/v1/documents", {"content": "after it", "content_type": "text/plain"}).status in (200, 202)
 
 
 def test_a_label_returns_its_moment(lab: Lab, wait_for: Callable[..., Any], kept: dict[str, dict[str, str]]) -> None:
-    assert lab.playbook("restore", "-e", "backup_restore_label=kept", timeout=60).returncode != 0, "it asked nobody"
+    assert lab.playbook("restore", "-e", f"backup_restore_label={LABEL}").returncode != 0, "it asked nobody"
     assert gone(lab, kept["saved"]) == []
-    done = lab.playbook("restore", "-e", "confirm=development", "-e", "backup_restore_label=kept")
+    done = lab.playbook("restore", "-e", "confirm=development", "-e", f"backup_restore_label={LABEL}")
     assert done.returncode == 0, done.stdout + done.stderr
     processed(lab, kept["labelled"], wait_for)
     assert gone(lab, kept["saved"]) == list(kept["saved"])
@@ -56,44 +73,31 @@ def test_a_restore_that_the_service_refuses_undoes_itself(
 ) -> None:
     later = ingest(lab, ["d1"])
     processed(lab, later, wait_for)
-    lab.ssh(
-        HOST,
-        "mv /usr/local/bin/atlas /root/atlas; printf '#!/bin/sh\necho refused >&2\nexit 1\n' > /usr/local/bin/atlas; chmod 755 /usr/local/bin/atlas",
-    )
+    refusing = "printf '#!/bin/sh\necho refused >&2\nexit 1\n' > /usr/local/bin/atlas; chmod 755 /usr/local/bin/atlas"
+    lab.ssh(HOST, f"mv /usr/local/bin/atlas /root/atlas; {refusing}")
     try:
-        done = lab.playbook("restore", "-e", "confirm=development", "-e", "backup_restore_label=kept")
+        done = lab.playbook("restore", "-e", "confirm=development", "-e", f"backup_restore_label={LABEL}")
     finally:
         lab.ssh(HOST, "mv /root/atlas /usr/local/bin/atlas")
     assert done.returncode != 0 and "Nothing was restored; the store is what it was" in done.stdout, done.stdout
     assert "refused" in done.stdout
     processed(lab, kept["labelled"] | later, wait_for)
-    assert (
-        lab.ssh(HOST, "ls -d /var/lib/atlas/restore-incoming /var/lib/atlas-restore/door.json 2>/dev/null").stdout == ""
-    )
+    left = lab.ssh(HOST, "ls -d /var/lib/atlas/restore-incoming /var/lib/atlas-restore/door.json 2>/dev/null").stdout
+    assert left == ""
 
 
-def test_a_drill_proves_the_newest_backup_and_says_how_long_it_took(lab: Lab, kept: dict[str, dict[str, str]]) -> None:
-    assert run(lab, HOST, "increment")[0] == 0
-    status, found = run(lab, HOST, "drill")
-    assert status == 0, found
-    assert found["sensitive"] == found["rows"]["documents"] - 1 or found["sensitive"] >= len(kept["labelled"])
-    assert found["searched"] is not None
-    job = lab.http("GET", "/health").body["backup"]["jobs"]["drill"]
-    assert job["ok"] is True and job["problem"] is None
-    assert job["rto_seconds"] > 0 and job["rpo_seconds"] < 600
-    assert 'atlas_backup_ok{job="drill"} 1.0' in lab.http("GET", "/metrics").body
-
-
-def test_a_drill_fails_without_the_key(lab: Lab, kept: dict[str, dict[str, str]]) -> None:
+def test_a_drill_fails_without_the_key(lab: Lab, wait_for: Callable[..., Any], kept: dict[str, dict[str, str]]) -> None:
     other = base64.urlsafe_b64encode(b"k" * 32).decode()
     replace_credential(lab, HOST, "fernet_keys", other)
     try:
-        fails(lab, HOST, "drill", "need a key that is not in the keyring")
+        fails(lab, HOST, wait_for, "drill", "need a key that is not in the keyring")
     finally:
         return_credential(lab, HOST, "fernet_keys")
 
 
-def test_a_drill_fails_on_a_schema_that_the_release_cannot_read(lab: Lab, kept: dict[str, dict[str, str]]) -> None:
+def test_a_drill_fails_on_a_schema_that_the_release_cannot_read(
+    lab: Lab, wait_for: Callable[..., Any], kept: dict[str, dict[str, str]]
+) -> None:
     change = """#python
 import sqlite3
 store = sqlite3.connect("/var/lib/atlas/atlas.db", timeout=20)
@@ -110,8 +114,7 @@ store.commit()
         assert run(lab, HOST, "increment")[0] == 0
     finally:
         assert lab.ssh(HOST, change.format(new="")).returncode == 0
-    fails(lab, HOST, "drill", "the schema is at 9999")
-    assert run(lab, HOST, "increment")[0] == 0
+    fails(lab, HOST, wait_for, "drill", "the schema is at 9999")
 
 
 @pytest.fixture
@@ -125,7 +128,9 @@ def pack(lab: Lab) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("damage", ["flipped", "missing", "truncated"])
-def test_damage_is_found_named_and_seen_by_the_drill(lab: Lab, pack: str, damage: str) -> None:
+def test_damage_is_found_named_and_seen_by_the_drill(
+    lab: Lab, wait_for: Callable[..., Any], pack: str, damage: str
+) -> None:
     before = points(lab, HOST)
     script = {
         "flipped": f"printf 'XXXX' | dd of={pack} bs=1 seek=20000 conv=notrunc status=none",
@@ -133,43 +138,70 @@ def test_damage_is_found_named_and_seen_by_the_drill(lab: Lab, pack: str, damage
         "truncated": f"truncate -s 30000 {pack}",
     }
     lab.ssh(HOST, script[damage])
-    fails(lab, HOST, "check", "damaged repository")
+    fails(lab, HOST, wait_for, "check", "damaged repository")
     if damage == "flipped":
-        fails(lab, HOST, "drill", "damaged repository")
+        fails(lab, HOST, wait_for, "drill", "damaged repository")
     assert points(lab, HOST) == before
 
 
-def test_a_wrong_password_is_named(lab: Lab, kept: dict[str, dict[str, str]]) -> None:
+def test_a_wrong_password_is_named_and_what_failed_and_is_overdue_is_shown(
+    lab: Lab, wait_for: Callable[..., Any], kept: dict[str, dict[str, str]]
+) -> None:
+    age = """#python
+import json, pathlib
+path = pathlib.Path("/var/lib/atlas-backup/status.json")
+report = json.loads(path.read_text())
+report["expected_since"] = 1.0
+report["jobs"]["check"] |= {"ok": True, "succeeded_at": 1.0}
+path.write_text(json.dumps(report))
+"""
     before = points(lab, HOST)
+    assert lab.ssh(HOST, age).returncode == 0
     replace_credential(lab, HOST, "restic_password", "not the password")
     try:
-        fails(lab, HOST, "increment", "wrong password")
+        fails(lab, HOST, wait_for, "increment", "wrong password")
     finally:
         return_credential(lab, HOST, "restic_password")
     assert points(lab, HOST) == before
+    assert "check is overdue: last success 1970-01-01T00:00:01" in str(lab.http("GET", "/health").body["backup"])
+    metrics = lab.http("GET", "/metrics").body
+    assert 'atlas_backup_ok{job="increment"} 0.0' in metrics and 'atlas_backup_overdue{job="check"} 1.0' in metrics
+    shown = lab.playbook("status").stdout
+    assert "! increment failed: storing dev1: wrong password" in shown, shown
+    assert "! check is overdue: last success 1970-01-01T00:00:01Z" in shown, shown
 
 
-def test_a_full_disk_is_named(lab: Lab, kept: dict[str, dict[str, str]]) -> None:
+def test_a_full_disk_is_named(lab: Lab, wait_for: Callable[..., Any], kept: dict[str, dict[str, str]]) -> None:
     before = points(lab, HOST)
     assert lab.operate("fill-disk", lab.name, HOST, REPOSITORY).returncode == 0
     try:
-        fails(lab, HOST, "increment", "full disk")
+        fails(lab, HOST, wait_for, "increment", "full disk")
     finally:
         lab.operate("free-disk", lab.name, HOST, REPOSITORY)
     assert points(lab, HOST) == before
 
 
-def test_a_lost_repository_is_named_and_not_made_anew(lab: Lab, kept: dict[str, dict[str, str]]) -> None:
+def test_a_lost_repository_is_named_and_not_made_anew(
+    lab: Lab, wait_for: Callable[..., Any], kept: dict[str, dict[str, str]]
+) -> None:
     lab.ssh(HOST, f"mv {REPOSITORY}/restic/config /root/config")
     try:
         assert "missing repository" in run(lab, HOST, "init")[1]
-        fails(lab, HOST, "increment", "missing repository")
+        fails(lab, HOST, wait_for, "increment", "missing repository")
     finally:
         lab.ssh(HOST, f"mv /root/config {REPOSITORY}/restic/config")
 
 
-def test_mended_all_is_well_again(lab: Lab, kept: dict[str, dict[str, str]]) -> None:
-    for job in ("increment", "check", "drill"):
-        status, said = run(lab, HOST, job)
-        assert status == 0, said
-    assert lab.http("GET", "/health").body["status"] == "ok"
+def test_mended_all_is_well_and_a_drill_proves_the_newest_backup(lab: Lab, kept: dict[str, dict[str, str]]) -> None:
+    for job in ("increment", "daily", "check"):
+        assert unit(lab, HOST, job) == ""
+    status, found = run(lab, HOST, "drill")
+    assert status == 0, found
+    assert found["sensitive"] >= len(kept["labelled"])
+    assert found["searched"] is not None
+    health = lab.http("GET", "/health").body
+    assert health["status"] == "ok", health
+    job = health["backup"]["jobs"]["drill"]
+    assert job["ok"] is True and job["problem"] is None
+    assert job["rto_seconds"] > 0 and job["rpo_seconds"] < 600
+    assert 'atlas_backup_ok{job="drill"} 1.0' in lab.http("GET", "/metrics").body

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from backuptest import gone, ingest, points, processed, run
+from backuptest import LABEL, gone, ingest, points, processed, run
 from labtest import Lab, sql
 
 BACKUP, DATABASE, APP = "backup1", "db1", "app1"
@@ -18,7 +18,7 @@ def kept(lab: Lab, wait_for: Callable[..., Any]) -> dict[str, str]:
     """Documents that a labelled backup holds."""
     documents = ingest(lab, ["a1", "a2", "a3"])
     processed(lab, documents, wait_for)
-    done = lab.playbook("backup", "-e", "backup_label=kept")
+    done = lab.playbook("backup", "-e", f"backup_label={LABEL}")
     assert done.returncode == 0, done.stdout + done.stderr
     return documents
 
