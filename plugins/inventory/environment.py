@@ -5,6 +5,7 @@ Owns the check that the password fits and that the vault file and its plain mirr
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -116,10 +117,12 @@ class InventoryModule(BaseInventoryPlugin):  # type: ignore[misc]
             )
         errors = value_errors(vault) + mirror_errors(vault, _plain_files(vault_file.parents[1]))
         if errors:
-            _fail(
-                f"{vault_file} and its mirrors do not fit: {'; '.join(errors)}. "
-                f"Do: ansible-vault edit --vault-id {vault_id}@bin/vault-client {vault_file}"
-            )
+            mend = f"ansible-vault edit --vault-id {vault_id}@bin/vault-client {vault_file}"
+            record = vault_file.parents[3] / "lab.json"
+            if record.is_file():
+                lab = json.loads(record.read_text())
+                mend = f"make up ENV={lab['environment']} LAB={lab['name']}"
+            _fail(f"{vault_file} and its mirrors do not fit: {'; '.join(errors)}. Do: {mend}")
         return secret
 
 

@@ -236,6 +236,34 @@ def test_the_search_for_real_addresses_can_find_one(checkout: Path) -> None:
     assert outside((checkout / "inventories/production/host_vars/app1/zz.yml").read_text())
 
 
+def test_a_lab_raised_before_a_secret_came_into_use_says_what_to_do_and_gets_it(
+    checkout: Path, production: Path
+) -> None:
+    vault = production / "group_vars/all/vault.yml"
+    kept, command = vault.read_bytes(), f"lab-rehearsal@{production.parent / 'vault-password'}"
+    plain = run(checkout, "ansible-vault", "view", "--vault-id", command, str(vault)).stdout
+    old = checkout / "old.yml"
+    old.write_text("\n".join(line for line in plain.splitlines() if not line.startswith("vault_backup_")))
+    encrypt = ("ansible-vault", "encrypt", "--vault-id", command, "--encrypt-vault-id", "lab-rehearsal", "--output")
+    assert run(checkout, *encrypt, str(vault), str(old)).returncode == 0
+    (production.parent / "lab.json").write_text('{"name": "rehearsal", "environment": "production"}')
+    try:
+        refused = run(checkout, "ansible-inventory", "-i", str(production), "--list")
+        assert refused.returncode != 0
+        assert "vault_backup_repository_password is missing" in refused.stderr
+        assert "make up ENV=production LAB=rehearsal" in refused.stderr
+        lab, source = Lab(checkout, "rehearsal"), checkout / "inventories/production"
+        releases = environment_hosts(source)
+        record = Record("rehearsal", "production", str(SUBNET), releases, assign_addresses(SUBNET, list(releases)))
+        assert "vault_backup_repository_password generated" in derive(lab, record, source)
+        completed = yaml.safe_load(run(checkout, "ansible-vault", "view", "--vault-id", command, str(vault)).stdout)
+        assert {**completed, **yaml.safe_load(old.read_text())} == completed
+        assert len(completed["vault_backup_repository_password"]) == 43
+    finally:
+        vault.write_bytes(kept)
+        (production.parent / "lab.json").unlink()
+
+
 def test_a_lab_of_production_opens_no_real_vault(checkout: Path, production: Path) -> None:
     real = {
         path.resolve()
