@@ -189,8 +189,10 @@ class Backups:
                 release.check_signature(path, signature, self.signers)
             except release.ReleaseError as error:
                 raise BackupError(f"the archive {path.name} is not kept: {error}") from None
-            signature.rename(archives / signature.name)
-            path.rename(archives / path.name)
+            # What is kept is never replaced, whoever asks.
+            if not (archives / path.name).exists():
+                signature.rename(archives / signature.name)
+                path.rename(archives / path.name)
         shutil.rmtree(partial / "archives", ignore_errors=True)
 
     def take(self, kind: str, label: str | None = None, base: bool = False) -> dict[str, Any]:
