@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from ansible.module_utils import backup_core as core
+from ansible.module_utils import release
 from ansible.module_utils.backup_core import BackupError
 from ansible.module_utils.backup_host import Backups
 
@@ -102,6 +103,21 @@ def test_a_repository_is_never_made_over_what_is_left_of_one(tmp_path: Path) -> 
     (tmp_path / "restic" / "config").touch()
     assert backups.init() is False
     assert backups.asked == ["init"]
+
+
+def test_an_archive_that_is_kept_is_never_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(release, "check_signature", lambda *_: None)
+    kept, came = tmp_path / "archives", tmp_path / "came" / "archives"
+    for directory, content in ((kept, "old"), (came, "new")):
+        directory.mkdir(parents=True)
+        for name in ("a.tar.gz", "a.tar.gz.sig"):
+            (directory / name).write_text(content)
+    (came / "b.tar.gz").write_text("new")
+    (came / "b.tar.gz.sig").write_text("new")
+    Recorded(tmp_path)._keep_archives(came.parent, kept)
+    assert {path.name: path.read_text() for path in kept.iterdir()} == {
+        "a.tar.gz": "old", "a.tar.gz.sig": "old", "b.tar.gz": "new", "b.tar.gz.sig": "new",
+    }  # fmt: skip
 
 
 def test_before_the_first_deployment_no_job_counts(tmp_path: Path) -> None:

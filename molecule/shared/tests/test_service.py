@@ -89,9 +89,12 @@ def test_a_private_address_is_refused(lab: Lab, wait_for: Callable[..., Any]) ->
     assert document["status"] == "dead"
 
 
-def test_health_tells_what_runs(lab: Lab) -> None:
-    health = lab.http("GET", "/health", token=None).body
-    assert health["status"] == "ok", health
+def test_health_tells_what_runs(lab: Lab, wait_for: Callable[..., Any]) -> None:
+    def healthy() -> Any:
+        body = lab.http("GET", "/health", token=None).body
+        return body if isinstance(body, dict) and body.get("status") == "ok" else None
+
+    health = wait_for(healthy, 120, "the service is well, and so are its first backups")
     assert health["environment"] == ("staging" if lab.group("database") else "development")
     services = {(worker["host"], worker["service"]) for worker in health["workers"]}
     for host in lab.group("app"):
