@@ -29,7 +29,7 @@ from scratch import scratch_cluster
 from sqlalchemy import func, select
 from sqlalchemy.exc import OperationalError
 
-from atlas import admission
+from atlas import admission, counts
 from atlas.db import Database
 from atlas.schema import documents, job_events, jobs
 from atlas.settings import TokenSpec
@@ -258,6 +258,7 @@ class Scene:
         acknowledged = self.clients.acknowledged.values()
         assert finishes(self.database) == dict.fromkeys(acknowledged, 1) and len(set(acknowledged)) == DOCUMENTS
         with self.database.read() as connection:
+            assert counts.drift(connection) == []
             stored = select(documents.c.id).where(documents.c.processed_at.is_not(None))
             assert set(connection.scalars(stored)) == set(acknowledged)
             if self.database.dialect == "sqlite":

@@ -23,7 +23,7 @@ from hypothesis.stateful import (
 )
 from sqlalchemy import delete, select
 
-from atlas import admission, breakers
+from atlas import admission, breakers, counts
 from atlas.breakers import Host, Limits
 from atlas.db import Database
 from atlas.queue import Failure, Job, NewJob, Queue, Result, Which
@@ -340,6 +340,7 @@ class QueueMachine(RuleBasedStateMachine):
             return
         with self.database.read() as connection:
             rows = {row.id: row for row in connection.execute(select(jobs))}
+            assert counts.drift(connection) == []
             events = list(connection.execute(select(job_events.c.job_id, job_events.c.event).order_by(job_events.c.id)))
             waiting = set(connection.scalars(select(hosts_table.c.name).where(hosts_table.c.waiting)))
         assert rows.keys() == self.jobs.keys()

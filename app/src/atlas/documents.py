@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import ColumnElement, Connection, and_, bindparam, case, delete, func, or_, select, tuple_, update
 
+from atlas import counts
 from atlas.crypto import Keyring
 from atlas.db import Database, rfc3339
 from atlas.group import GroupCommit
@@ -26,9 +27,8 @@ from atlas.urls import host_of, normalise_url
 
 # The share of the queue's limit that is open to a priority: the least urgent is refused first.
 SHARES = {PRIORITIES["high"]: 1.0, PRIORITIES["normal"]: 0.95, PRIORITIES["low"]: 0.8}
-# The queue is counted as often as this, and in a small part of the time.
+# How often a process looks at what others have added to the queue.
 COUNT_SECONDS = 0.5
-COUNT_SHARE = 0.02
 GROUP_ROWS = 1000
 FEW = 10_000
 TOTAL_MOST = 10_000
@@ -339,17 +339,15 @@ class Documents:
         return math.ceil(self.settings.queue_limit * SHARES[priority])
 
     def _count(self) -> None:
-        """Count the queue if that is due. What this process adds in between is known; what others do is not."""
+        """Look at the queue if that is due. What this process adds in between is known; what others do is not."""
         if time.monotonic() < self._count_at or not self._count_lock.acquire(blocking=False):
             return
         try:
-            began = time.monotonic()
             with self.database.read() as connection:
-                depth = self.queue.depth(connection, self.settings.queue_limit)
+                depth = counts.in_state(connection, "ready")
             with self._depth_lock:
                 self._depth = depth
-            seconds = time.monotonic() - began
-            self._count_at = began + max(COUNT_SECONDS, seconds / COUNT_SHARE)
+            self._count_at = time.monotonic() + COUNT_SECONDS
         finally:
             self._count_lock.release()
 
@@ -469,7 +467,7 @@ class Documents:
                 wanted.append(status == STATUS)
             # Of a state that few jobs are in, those few are looked at; else the newest documents soon have it.
             state = {"queued": "ready", "processing": "running", "dead": "dead"}.get(status or "")
-            if state is not None and self.queue.depth(connection, FEW + 1, state) <= FEW:
+            if state is not None and counts.in_state(connection, state) <= FEW:
                 wanted.append(documents.c.id.in_(select(jobs.c.document_id).where(in_state(state))))
                 order = order + 0  # keeps SQLite from walking along all documents instead
             query = select(documents.c.seq, *_SUMMARY).select_from(source).where(*wanted).order_by(order.desc())

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 from sqlalchemy import Connection, case, delete, func, select, update
 
+from atlas import counts
 from atlas.db import rfc3339
 from atlas.documents import Documents, InvalidDocument, Submission, checked_url, new_id
 from atlas.extract import Entry
@@ -135,10 +136,7 @@ class Feeds:
                 .order_by(feeds.c.next_at)
                 .limit(BATCH)
             ).all()
-            if (
-                not due
-                or self._documents.queue.depth(connection, self._settings.queue_limit) >= self._settings.queue_limit
-            ):
+            if not due or counts.in_state(connection, "ready") >= self._settings.queue_limit:
                 return False
             for feed in due:
                 failures, job_id = feed.failures + (feed.job_state == "dead"), feed.job_id

@@ -35,7 +35,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import SQLAlchemyError
 
-from atlas import breakers
+from atlas import breakers, counts
 from atlas.db import Database, rfc3339, rows
 from atlas.schema import ANYONE, LANE, PRIORITIES, deployments, documents, hosts, job_events, jobs
 from atlas.settings import RETRIES, Retry
@@ -156,11 +156,15 @@ class Which:
 
 @dataclass(frozen=True)
 class QueueStats:
-    """`depth` by state (ready, running, dead) and priority; ages in seconds; events of the last five minutes."""
+    """`depth` by state (ready, running, dead) and priority; ages in seconds; events of the last five minutes.
+
+    `detail` are the counts that `depth` is made of.
+    """
 
     depth: Mapping[str, Mapping[int, int]]
     oldest_ready_seconds: float
     events: Mapping[str, int] = field(default_factory=dict)
+    detail: Sequence[counts.Count] = ()
 
     def total(self, state: str) -> int:
         return sum(self.depth.get(state, {}).values())
@@ -570,20 +574,14 @@ class Queue:
             values = {"owner": self.owner, "deployment": self.deployment, "event": event, "if_dead": if_dead}
             connection.execute(_RECORD, values | {"ids": _listed(ended), "now": now})
 
-    def depth(self, connection: Connection, most: int | None = None, state: str = "ready") -> int:
-        """How many jobs are in a state; counting stops at `most`."""
-        counted = select(jobs.c.id).where(in_state(state)).limit(most).subquery()
-        return connection.scalar(select(func.count()).select_from(counted)) or 0
-
     def stats(self) -> QueueStats:
         with self.database.read() as connection:
             now = self.database.now(connection)
-            depth: dict[str, dict[int, int]] = {}
-            for state in ("ready", "running", "dead"):
-                counts = connection.execute(
-                    select(jobs.c.priority, func.count()).where(in_state(state)).group_by(jobs.c.priority)
-                )
-                depth[state] = dict.fromkeys(PRIORITIES.values(), 0) | dict(counts.all())
+            found = counts.counted(connection)
+            depth = {state: dict.fromkeys(PRIORITIES.values(), 0) for state in ("ready", "running", "dead")}
+            for count in found:
+                if count.state in depth:
+                    depth[count.state][count.priority] += count.n
             oldest = [
                 connection.scalar(select(func.min(jobs.c.run_at)).where(_common(priority)))
                 for priority in PRIORITIES.values()
@@ -594,7 +592,7 @@ class Queue:
                 .group_by(job_events.c.event)
             )
             waits = max(0, *(now - (at or now) for at in oldest))
-            return QueueStats(depth, waits / 1000, dict(recent.all()))
+            return QueueStats(depth, waits / 1000, dict(recent.all()), found)
 
     def job(self, job_id: int) -> dict[str, Any] | None:
         """One job as it is now, with the events of its past; None if there is none."""

@@ -289,6 +289,19 @@ audit = Table(
 Index("audit_at", audit.c.at)
 Index("audit_object", audit.c.object_type, audit.c.object_id)
 
+# How much there is, kept by triggers: see atlas.counts.
+counts = Table(
+    "counts",
+    metadata,
+    Column("state", Text, primary_key=True),
+    Column("kind", Text, primary_key=True),
+    Column("priority", SmallInteger, primary_key=True, autoincrement=False),
+    Column("error_class", Text, primary_key=True),
+    Column("shard", BigInteger, primary_key=True, autoincrement=False),
+    Column("n", BigInteger, nullable=False),
+    sqlite_with_rowid=False,
+)
+
 # The queue at moments of the past, for the chart on the status page.
 queue_samples = Table(
     "queue_samples",

@@ -11,7 +11,7 @@ from pysqlite3 import dbapi2 as sqlite
 from sqlalchemy import delete, exists, func, make_url, select, text
 from sqlalchemy.exc import SQLAlchemyError
 
-from atlas import admission, audit, breakers
+from atlas import admission, audit, breakers, counts
 from atlas.crypto import Keyring
 from atlas.db import Database, rfc3339
 from atlas.documents import Documents
@@ -59,6 +59,7 @@ class Housekeeping:
             self._chores["optimize"] = (3600, self.optimize)
         else:
             self._chores["hints"] = (60, self.hints)
+            self._chores["counts"] = (60, lambda: counts.merge(database))
         # What an operator should know; shown in /health with this service.
         self.warnings: list[str] = []
         self._due = dict.fromkeys(self._chores, time.monotonic())

@@ -10,12 +10,15 @@ from typing import Any
 from pysqlite3 import dbapi2 as sqlite
 from sqlalchemy import func, inspect, select, text
 
-from atlas import migrations, search
+from atlas import counts, migrations, search
 from atlas.crypto import Keyring, KeyringError
 from atlas.db import Database
-from atlas.schema import documents, feeds, metadata
+from atlas.schema import counts as counts_table
+from atlas.schema import documents, feeds, metadata, sessions
 
 SEARCHED_DOCUMENTS = 50
+# Whose rows come and go while nothing is done to the store.
+FLEETING = (counts_table, sessions)
 # Several plain words in a row: a phrase that both search engines cut alike.
 _PHRASE = re.compile(r"\b(?:[A-Za-z]{3,12} ){2,7}[A-Za-z]{5,12}\b")
 
@@ -62,7 +65,7 @@ def take(source: str, target: Path) -> dict[str, Any]:
 
 
 def contents(database: Database) -> dict[str, Any]:
-    """The schema revision, and the number of rows of each table, all of one moment."""
+    """The schema revision, and the number of rows of each table that lasts, all of one moment."""
     with database.read() as connection:
         if database.dialect == "postgresql":
             connection.execute(text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ"))
@@ -70,7 +73,7 @@ def contents(database: Database) -> dict[str, Any]:
         rows = {
             table.name: connection.scalar(select(func.count()).select_from(table))
             for table in metadata.sorted_tables
-            if table.name in present
+            if table.name in present and table not in FLEETING
         }
     return {"schema": database.revision(), "rows": rows}
 
@@ -90,6 +93,8 @@ def verify(database: Database, keyring: Keyring) -> dict[str, Any]:
     if not schema.compatible:
         faults.append(f"the schema is at {schema.current or 'nothing'}; this release reads {schema.head}")
         return {"faults": faults, "schema": schema.current}
+    with database.read() as connection:
+        faults += [f"the count of {row[:4]} is off by {row[4]}" for row in counts.drift(connection)]
     found = contents(database)
     opened, unreadable = _open_sensitive(database, keyring)
     searched, missed = _search(database)

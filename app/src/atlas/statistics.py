@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import Connection, func, select
 
+from atlas.counts import STORED, Count
 from atlas.db import Database
-from atlas.queue import QueueStats, in_state
-from atlas.schema import PRIORITIES, documents, jobs, queue_samples, token_uses, tokens
+from atlas.queue import QueueStats
+from atlas.schema import PRIORITIES, queue_samples, token_uses, tokens
 from atlas.tokens import WINDOWS_MS
 
 _SPANS_MS = {"hour": 3_600_000, "day": 86_400_000}
@@ -23,22 +26,21 @@ def collect(database: Database, stats: QueueStats, queue_limit: int) -> dict[str
     with database.read() as connection:
         now = database.now(connection)
         return {
-            "documents": _documents(connection),
+            "documents": _documents(stats.detail),
             "queue": queue,
             "throughput": {span: _ended(connection, now - length) for span, length in _SPANS_MS.items()},
-            "dead_letters": _failures(connection),
+            "dead_letters": _failures(stats.detail),
             "tokens": _uses(connection, now),
         }
 
 
-def _documents(connection: Connection) -> dict[str, int]:
-    names = {"queued": "ready", "processing": "running", "dead": "dead"}
-    counts = {
-        name: connection.scalar(select(func.count()).where(in_state(state), jobs.c.document_id.is_not(None))) or 0
-        for name, state in names.items()
-    }
-    total = connection.scalar(select(func.count()).select_from(documents)) or 0
-    return {"total": total, **counts, "processed": max(0, total - sum(counts.values()))}
+def _documents(found: Sequence[Count]) -> dict[str, int]:
+    total, queued, processing, dead = (
+        sum(count.n for count in found if (count.state, count.kind) == (state, "document"))
+        for state in (STORED, "ready", "running", "dead")
+    )
+    processed = total - queued - processing - dead
+    return {"total": total, "queued": queued, "processing": processing, "processed": processed, "dead": dead}
 
 
 def _ended(connection: Connection, since: int) -> dict[str, int]:
@@ -47,9 +49,12 @@ def _ended(connection: Connection, since: int) -> dict[str, int]:
     return {"finished": int(finished), "failed": int(failed)}
 
 
-def _failures(connection: Connection) -> dict[str, int]:
-    kind = func.coalesce(jobs.c.error_class, "unknown")
-    return dict(connection.execute(select(kind, func.count()).where(in_state("dead")).group_by(kind)).all())
+def _failures(found: Sequence[Count]) -> dict[str, int]:
+    failures = Counter[str]()
+    for count in found:
+        if count.state == "dead":
+            failures[count.error_class] += count.n
+    return {kind: n for kind, n in failures.items() if n}
 
 
 def _uses(connection: Connection, now: int) -> list[dict[str, Any]]:

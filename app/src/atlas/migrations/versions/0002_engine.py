@@ -99,6 +99,18 @@ def upgrade() -> None:
     op.create_index("feeds_due", "feeds", ["enabled", "next_at"])
     _create_audit()
     op.create_table(
+        "counts",
+        sa.Column("state", sa.Text, primary_key=True),
+        sa.Column("kind", sa.Text, primary_key=True),
+        sa.Column("priority", sa.SmallInteger, primary_key=True, autoincrement=False),
+        sa.Column("error_class", sa.Text, primary_key=True),
+        sa.Column("shard", sa.BigInteger, primary_key=True, autoincrement=False),
+        sa.Column("n", sa.BigInteger, nullable=False),
+        sqlite_with_rowid=False,
+    )
+    for statement in SQLITE_COUNTS if op.get_bind().dialect.name == "sqlite" else POSTGRESQL_COUNTS:
+        op.execute(statement)
+    op.create_table(
         "queue_samples",
         sa.Column("at", sa.BigInteger, primary_key=True, autoincrement=False),
         sa.Column("ready", sa.Integer, nullable=False),
@@ -163,6 +175,85 @@ POSTGRESQL_TAGS = (
         WHEN (new.tags <> '[]') EXECUTE FUNCTION keep_document_tags()""",
     """CREATE TRIGGER document_tags_delete AFTER DELETE ON documents FOR EACH ROW
         WHEN (old.tags <> '[]') EXECUTE FUNCTION keep_document_tags()""",
+)
+# Kept by triggers for the same reason. Finished jobs are not counted.
+_ADD = "ON CONFLICT (state, kind, priority, error_class, shard) DO UPDATE SET n = counts.n + excluded.n"
+_COLUMNS = "(state, kind, priority, error_class, shard, n)"
+
+
+def _key(row: str) -> str:
+    dead = f"CASE {row}.state WHEN 'dead' THEN coalesce({row}.error_class, 'unknown') ELSE '' END"
+    return f"{row}.state, {row}.kind, {row}.priority, {dead}"
+
+
+def _sqlite(row: str, n: int) -> str:
+    return f"INSERT INTO counts {_COLUMNS} SELECT {_key(row)}, 0, {n} WHERE {row}.state <> 'done' {_ADD};"
+
+
+def _filled(shard: str) -> tuple[str, str]:
+    return (
+        f"INSERT INTO counts {_COLUMNS} SELECT {_key('jobs')}, {shard}, count(*) FROM jobs WHERE state <> 'done'"
+        " GROUP BY 1, 2, 3, 4",
+        f"INSERT INTO counts {_COLUMNS} SELECT 'stored', 'document', 0, '', {shard}, count(*) FROM documents",
+    )
+
+
+_STORED = "UPDATE counts SET n = n {} 1 WHERE state = 'stored'"
+SQLITE_COUNTS = (
+    *_filled("0"),
+    f"CREATE TRIGGER counts_job_insert AFTER INSERT ON jobs BEGIN {_sqlite('new', 1)} END",
+    f"CREATE TRIGGER counts_job_delete AFTER DELETE ON jobs BEGIN {_sqlite('old', -1)} END",
+    f"""CREATE TRIGGER counts_job_update AFTER UPDATE OF state, kind, priority, error_class ON jobs
+        WHEN old.state <> new.state OR old.kind <> new.kind OR old.priority <> new.priority OR new.state = 'dead'
+        BEGIN {_sqlite("old", -1)} {_sqlite("new", 1)} END""",
+    f"CREATE TRIGGER counts_document_insert AFTER INSERT ON documents BEGIN {_STORED.format('+')}; END",
+    f"CREATE TRIGGER counts_document_delete AFTER DELETE ON documents BEGIN {_STORED.format('-')}; END",
+)
+# Each session has rows of its own, or all of them would commit one after another.
+POSTGRESQL_COUNTS = (
+    "ALTER TABLE counts SET (fillfactor = 30)",
+    f"""CREATE FUNCTION count_jobs() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+        IF TG_OP = 'INSERT' THEN
+            INSERT INTO counts AS counts {_COLUMNS}
+            SELECT {_key("r")}, pg_backend_pid(), count(*) FROM new_rows r WHERE r.state <> 'done'
+            GROUP BY 1, 2, 3, 4 ORDER BY 1, 2, 3, 4 {_ADD};
+        ELSIF TG_OP = 'DELETE' THEN
+            INSERT INTO counts AS counts {_COLUMNS}
+            SELECT {_key("r")}, pg_backend_pid(), -count(*) FROM old_rows r WHERE r.state <> 'done'
+            GROUP BY 1, 2, 3, 4 ORDER BY 1, 2, 3, 4 {_ADD};
+        ELSE
+            INSERT INTO counts AS counts {_COLUMNS}
+            SELECT {_key("r")}, pg_backend_pid(), sum(r.d) FROM (
+                SELECT state, kind, priority, error_class, 1 AS d FROM new_rows
+                UNION ALL SELECT state, kind, priority, error_class, -1 FROM old_rows
+            ) r WHERE r.state <> 'done'
+            GROUP BY 1, 2, 3, 4 HAVING sum(r.d) <> 0 ORDER BY 1, 2, 3, 4 {_ADD};
+        END IF;
+        RETURN NULL;
+    END $$""",
+    f"""CREATE FUNCTION count_documents() RETURNS trigger LANGUAGE plpgsql AS $$ DECLARE added bigint; BEGIN
+        IF TG_OP = 'INSERT' THEN SELECT count(*) INTO added FROM new_rows;
+        ELSE SELECT -count(*) INTO added FROM old_rows;
+        END IF;
+        IF added <> 0 THEN
+            INSERT INTO counts AS counts {_COLUMNS}
+            VALUES ('stored', 'document', 0, '', pg_backend_pid(), added) {_ADD};
+        END IF;
+        RETURN NULL;
+    END $$""",
+    *(
+        f"""CREATE TRIGGER counts_{change.lower()} AFTER {change} ON {table} REFERENCING {rows}
+            FOR EACH STATEMENT EXECUTE FUNCTION count_{table}()"""
+        for table, changes in (("jobs", ("INSERT", "UPDATE", "DELETE")), ("documents", ("INSERT", "DELETE")))
+        for change, rows in (
+            ("INSERT", "NEW TABLE AS new_rows"),
+            ("UPDATE", "OLD TABLE AS old_rows NEW TABLE AS new_rows"),
+            ("DELETE", "OLD TABLE AS old_rows"),
+        )
+        if change in changes
+    ),
+    # The locks that the triggers took let nobody write in between.
+    *_filled("0"),
 )
 SQLITE_NOW = "(CAST(unixepoch('subsec') * 1000 AS INTEGER))"
 PG_NOW = "(extract(epoch from statement_timestamp()) * 1000)::bigint"
