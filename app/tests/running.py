@@ -47,6 +47,10 @@ class Ear:
             while message := self._socket.recv(4096):
                 self.heard += [(time.monotonic(), line) for line in message.decode().splitlines()]
 
+    def is_silent(self, line: str, seconds: float) -> bool:
+        """Whether this was not heard for so long."""
+        return time.monotonic() - max((at for at, heard in list(self.heard) if heard == line), default=0.0) > seconds
+
     def count(self, line: str, since: float = 0.0) -> int:
         return sum(heard == line and at >= since for at, heard in list(self.heard))
 
@@ -91,7 +95,7 @@ class Deployment:
             env=self.environment | environment,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=300,
         )
 
     def prepare(self) -> None:
@@ -133,7 +137,7 @@ class Deployment:
 
     def client(self, port: int) -> httpx.Client:
         headers = {"Authorization": f"Bearer {TOKEN}"}
-        return httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=headers, timeout=30, trust_env=False)
+        return httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=headers, timeout=120, trust_env=False)
 
     def kill(self, process: subprocess.Popen[bytes]) -> None:
         """SIGKILL a service with all its processes."""
@@ -143,7 +147,7 @@ class Deployment:
             for worker in workers:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(worker, signal.SIGKILL)
-        process.wait(20)
+        process.wait(60)
 
     def close(self) -> None:
         for process in self.processes:

@@ -112,7 +112,7 @@ def test_concurrent_duplicates_make_one_document_and_one_job(
         answers: list[Submitted] = []
         for turn in range(2):
             batch = [plain(f"same {turn} {number}") for number in range(1500)]
-            barrier.wait(10)
+            barrier.wait(60)
             # Half of them in the opposite order: what could deadlock.
             answers += entries[n].submit_many(batch if n % 2 else batch[::-1])
         return {(answer.id, answer.created) for answer in answers}

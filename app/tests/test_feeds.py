@@ -245,7 +245,7 @@ def test_what_finds_no_place_in_the_queue_is_taken_in_later(
     feeds.poll()
     finish(feeds, queue, feed_id, *entries)
     assert feeds._documents.list().total == 501 and shown(feeds, feed_id)["error"] is None
-    monkeypatch.setattr(queue, "depth", lambda *_: 500)
+    monkeypatch.setattr("atlas.feeds.counts.in_state", lambda *_: 500)
     clock.advance(3601)
     assert feeds.poll() is False and shown(feeds, feed_id)["job_state"] == "done"
 

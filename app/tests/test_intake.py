@@ -295,7 +295,7 @@ def test_many_processes_bring_the_same_at_the_same_moment(database_url: str) -> 
         assert sum(together("spend")) in (50, 70)
     finally:
         for process in processes:
-            process.communicate(timeout=20)
+            process.communicate(timeout=120)
         database.close()
 
 

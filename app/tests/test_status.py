@@ -38,6 +38,7 @@ __all__ = ["app"]
 ATTACK = "<script>document.title='broken'</script><img src=x onerror=\"document.title='broken'\">"
 CHROMIUM = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
 CHROMIUM += " --disable-component-update --disable-sync"
+expect.set_options(timeout=60_000)
 
 
 @pytest.fixture
@@ -270,7 +271,7 @@ def test_a_long_queue_is_counted_beside_the_requests(app: Flask, monkeypatch: py
 
     def slowly() -> QueueStats:
         began.set()
-        assert may_end.wait(10)
+        assert may_end.wait(60)
         return stats()
 
     monkeypatch.setattr(shared.queue, "stats", slowly)
@@ -278,7 +279,7 @@ def test_a_long_queue_is_counted_beside_the_requests(app: Flask, monkeypatch: py
     counted._due = 0.0
     shared.documents.submit(Submission(url="http://a.test/2"))
     assert counted.get().total("ready") == 1, "a request waits for the count"
-    assert began.wait(10) and counted.get().total("ready") == 1
+    assert began.wait(60) and counted.get().total("ready") == 1
     may_end.set()
     wait_for(lambda: counted.get().total("ready") == 2, 10, "the count has come in")
 
@@ -366,6 +367,7 @@ def test_a_visit(chromium: Browser, served: tuple[str, Documents], width: int, s
     documents.queue.fail(job, "not_found", f"404 {ATTACK}")
     context = chromium.new_context(viewport={"width": width, "height": 900}, java_script_enabled=script)
     page = context.new_page()
+    page.set_default_timeout(120_000)
     complaints: list[str] = []
     page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
     page.on("dialog", lambda dialog: complaints.append(dialog.message))

@@ -98,7 +98,7 @@ def test_a_writer_waits_for_another_process(tmp_path: Path) -> None:
 
     with ThreadPoolExecutor(1) as pool:
         holding = pool.submit(hold)
-        assert held.wait(5)
+        assert held.wait(60)
         with second.write() as connection:
             assert connection.execute(text("SELECT count(*) FROM deployments")).scalar() == 1
         holding.result()
