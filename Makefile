@@ -44,9 +44,10 @@ test: ## everything that a change must pass
 # Sizes of `make test-full`; each test has a smaller one of its own (docs/testing.md).
 FULL_SIZES := ATLAS_CRASH_DOCUMENTS=2000 ATLAS_BLOCKED_JOBS=100000 ATLAS_EXAMPLES=1000 ATLAS_SCHEMATHESIS_EXAMPLES=200
 
-test-full: ## the same at full size, then the bench, whose targets are reported
+test-full: ## the same at full size, the proofs of deploys, then the bench, whose targets are reported
 	@$(FULL_SIZES) $(MAKE) test
 	@$(VENV)/bin/pytest -q tests/rehearsal
+	@$(MAKE) proof
 	@$(MAKE) bench
 
 test-lab: bootstrap ## a lab on this machine: raised, hurt in each named way, gone without a trace

@@ -6,8 +6,9 @@ JSON ?=
 
 .PHONY: bench
 
-bench: $(BENCH_READY) ## throughput, latency and memory against other software [SIZE=small] [JSON=FILE]; bench-PART alone
+bench: $(BENCH_READY) ## throughput, latency, memory, deploys against other software [SIZE=small] [JSON=FILE]; bench-PART alone
 	@$(call run_bench,)
+	@$(MAKE) bench-deploy $(if $(JSON),JSON=$(basename $(JSON))-deploy.json)
 
 bench-%: $(BENCH_READY)
 	@$(call run_bench,$*)

@@ -32,8 +32,10 @@ GOOD = ("plain", "good")
 QUICK = {
     "deploy_minimum_healthy_seconds": 1,
     "deploy_canary_steps": [{"percent": 25, "seconds": 2, "samples": 0}, {"percent": 100, "seconds": 1, "samples": 0}],
+    "deploy_canary_slow_ms": 1000,
+    "deploy_healthy_timeout": 180,
 }
-"""Every gate is on, and none waits for long."""
+"""Every gate is on, and none waits for long. All hosts share few processors: a release may need long to start, and is slow at first."""
 
 
 def archive(name: str) -> Path:

@@ -337,9 +337,21 @@ class Host:
         ]
 
     def processes(self, slot: str) -> dict[str, str]:
-        """Return unit → main process of the four units of *slot*; a restarted unit has another one."""
+        """Return unit → main process of the four units of *slot* and then, for the API, those of its workers.
+
+        A restarted unit has another main process, and a worker that died (of memory, say) is replaced without a restart.
+        """
         shown = self.show(units(slot))
-        return {name: shown.get(name, {}).get("MainPID", "0") for name in units(slot)}
+        found = {name: shown.get(name, {}).get("MainPID", "0") for name in units(slot)}
+        name = unit("api", slot)
+        return {**found, name: " ".join([found[name], *self.children(found[name])])}
+
+    def children(self, process: str) -> list[str]:
+        """Return the children of *process*."""
+        try:
+            return Path(f"/proc/{process}/task/{process}/children").read_text().split()
+        except OSError:
+            return []
 
     def cool(self, slot: str, seconds: float) -> None:
         """Have systemd stop *slot*, which stays warm until then, in so many *seconds*, whoever is there to ask for it."""
@@ -478,15 +490,20 @@ class Host:
             time.sleep(POLL_SECONDS)
 
     def look_after(self, gate: Gate, processes: Mapping[str, str], began: float) -> None:
-        """Raise :class:`HostError` if a unit of *gate*'s slot is not active with the main process it has in *processes*."""
+        """Raise :class:`HostError` if a unit of *gate*'s slot is not active with the *processes* that it had."""
         shown = self.show(units(gate.slot))
         for name in units(gate.slot):
             properties = shown.get(name, {})
-            if properties.get("ActiveState") != "active" or properties.get("MainPID") != processes.get(name):
-                how = (
-                    f"is {properties.get('ActiveState')}" if properties.get("ActiveState") != "active" else "restarted"
-                )
-                raise HostError(f"{name} {how} after it had been healthy.", self.log(name, began))
+            main, *workers = processes.get(name, "").split()
+            if properties.get("ActiveState") != "active":
+                how = f"is {properties.get('ActiveState')}"
+            elif properties.get("MainPID") != main:
+                how = "restarted"
+            elif gone := set(workers).difference(self.children(main)):
+                how = f"lost {len(gone)} of {len(workers)} worker processes"
+            else:
+                continue
+            raise HostError(f"{name} {how} after it had been healthy.", self.log(name, began))
 
 
 def changed_since_start(shown: Mapping[str, Mapping[str, str]]) -> list[str]:

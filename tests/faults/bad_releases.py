@@ -139,7 +139,7 @@ SPOILINGS = {
     "lies": Spoiling(
         "/readyz says yes, and every POST is a 500", _post("raise RuntimeError('spoiled')")
     ),
-    "slow": Spoiling("every POST takes two seconds longer", _post("time.sleep(2)")),
+    "slow": Spoiling("every POST takes three seconds longer", _post("time.sleep(3)")),
     "leaks": Spoiling(
         "each POST keeps 30 MB for ever", _post("hoard.append(b'x' * 30_000_000)")
     ),

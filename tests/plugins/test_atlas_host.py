@@ -5,6 +5,7 @@ from __future__ import annotations
 import grp
 import json
 import os
+import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -361,6 +362,35 @@ def test_a_service_that_was_healthy_has_to_stay_the_same_process(
         return
     with pytest.raises(HostError, match=f"{name} {said} after it had been healthy"):
         host.look_after(gate(answers()), processes, 0)
+
+
+def test_a_worker_of_the_api_that_died_shows_without_a_restart(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever hoards memory loses a worker to the kernel; gunicorn replaces it, and systemd never hears of it."""
+    name = "atlas-api@blue.service"
+    work = "sleep 60 & read line; kill $!; wait $!; sleep 60 & read line; kill $!"
+    with subprocess.Popen(["sh", "-c", work], stdin=subprocess.PIPE) as arbiter:
+        assert arbiter.stdin is not None
+        pid = str(arbiter.pid)
+        monkeypatch.setattr(host, "show", lambda _: {**ACTIVE, name: {**ACTIVE[name], "MainPID": pid}})
+        before = children(host, pid, [])
+        processes = host.processes("blue")
+        assert processes[name] == f"{pid} {before[0]}"
+        host.look_after(gate(answers()), processes, 0)
+        arbiter.stdin.write(b"\n")
+        arbiter.stdin.flush()
+        children(host, pid, before)
+        with pytest.raises(HostError, match=f"{name} lost 1 of 1 worker processes after it had been healthy"):
+            host.look_after(gate(answers()), processes, 0)
+        arbiter.communicate(b"\n")
+
+
+def children(host: Host, pid: str, before: list[str]) -> list[str]:
+    """Return the children of *pid* once there is one, and none of those *before*."""
+    deadline = time.monotonic() + 30
+    while not (found := host.children(pid)) or set(found) & set(before):
+        assert time.monotonic() < deadline, found
+        time.sleep(0.01)
+    return found
 
 
 def test_a_restart_within_the_minimum_healthy_time_starts_it_anew(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,171 @@
+"""How a deploy is cut off in tests: the controller killed, its network gone, a disk full, a host rebooted or lost."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from labtest import PROJECT, Lab
+from prooftest import deploy_command, wait_until
+
+END_SECONDS = 400.0
+"""No deploy lasts longer, whatever was done to it: every wait ends."""
+LEFT = """for file in transaction.json lease.json; do test ! -e /var/lib/atlas-deploy/$file || echo "left $file"; done
+if test -S /run/haproxy/admin.sock; then
+  sed -n 's/^active /active /p' /etc/haproxy/slot.map
+  python3 - <<'PYTHON'
+import socket
+connection = socket.socket(socket.AF_UNIX)
+connection.connect("/run/haproxy/admin.sock")
+connection.sendall(b"show stat\\n")
+print(b"".join(iter(lambda: connection.recv(65536), b"")).decode())
+PYTHON
+fi
+"""
+
+
+def await_rest(lab: Lab) -> None:
+    """Assert that no host has anything left of a deploy, and that every app host gets traffic from every edge."""
+    wait_until(lambda: _at_rest(lab), 60, "nothing is left of a deploy, and every app host gets traffic")
+
+
+def _at_rest(lab: Lab) -> bool:
+    for host in lab.group("app"):
+        if lab.ssh(host, LEFT).stdout.strip():
+            return False
+    for host in lab.group("edge"):
+        said = lab.ssh(host, LEFT).stdout
+        if "left " in said or "active " not in said:
+            return False
+        active, _, stat = said.partition("active ")[2].partition("\n")
+        rows = csv.DictReader(io.StringIO(stat.strip().removeprefix("# ")))
+        states = [row["status"] for row in rows if row["pxname"] == active.strip() and row["type"] == "2"]
+        if states != ["UP"] * len(lab.group("app")):
+            return False
+    return True
+
+
+@contextmanager
+def begun(
+    lab: Lab,
+    release: str,
+    strategy: str,
+    environment: Mapping[str, str] | None = None,
+    output: int = subprocess.DEVNULL,
+) -> Iterator[subprocess.Popen[str]]:
+    """Begin a deploy in a session of its own, and leave nothing of it running."""
+    process = subprocess.Popen(
+        deploy_command(lab, release, strategy), cwd=PROJECT, env={**lab.for_playbooks(), **(environment or {})},
+        stdout=output, stderr=subprocess.DEVNULL, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        kill(process)
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """SIGKILL for ansible-playbook and its workers, all at once."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def killed(lab: Lab, release: str, strategy: str, task: int, seconds: float) -> bool:
+    """Begin a deploy and kill it *seconds* after the beginning of its *task*-th task; tell whether it was still running."""
+    with begun(lab, release, strategy, output=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            task -= line.startswith("TASK [")
+            if task <= 0:
+                break
+        time.sleep(seconds)
+        return process.poll() is None
+
+
+def full_disk(lab: Lab, release: str, strategy: str) -> None:
+    """The disk of an app host fills up in the middle of a deploy."""
+    host = lab.group("app")[0]
+    with begun(lab, release, strategy) as process:
+        wait_until(lambda: locked(lab), 120, "the deploy is under way", pause=0.1)
+        assert lab.operate("fill-disk", lab.name, host, "/opt/atlas").returncode == 0
+        try:
+            process.wait(END_SECONDS)
+        finally:
+            assert lab.operate("free-disk", lab.name, host, "/opt/atlas").returncode == 0
+
+
+SSH = """#!/bin/sh
+[ ! -e {folder}/cut ] || {{ echo 'No route to host' >&2; exit 255; }}
+exec ssh "$@"
+"""
+
+
+def lost_network(lab: Lab, release: str, strategy: str) -> None:
+    """The controller's network is gone: what was connected is cut off, and nothing else connects."""
+    with tempfile.TemporaryDirectory(prefix="atlas-cut-") as name:
+        folder = Path(name)
+        (folder / "ssh").write_text(SSH.format(folder=folder))
+        (folder / "ssh").chmod(0o755)
+        own = {"ANSIBLE_SSH_EXECUTABLE": str(folder / "ssh"), "ANSIBLE_SSH_CONTROL_PATH_DIR": str(folder / "control")}
+        with begun(lab, release, strategy, own) as process:
+            wait_until(lambda: locked(lab), 120, "the deploy is under way", pause=0.1)
+            time.sleep(3)
+            (folder / "cut").touch()
+            assert _cut(folder / "control"), "no connection was cut off"
+            process.wait(END_SECONDS)
+            assert process.returncode, "it went on without a network"
+    wait_until(lambda: all(lab.ssh(host, "true").returncode == 0 for host in lab.group("app")), 60, "hosts answer")
+
+
+def _cut(control: Path) -> int:
+    """Kill the ssh connections that use the control sockets in *control*; return how many there were."""
+    count = 0
+    for found in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            command = found.read_text()
+            if str(control) in command and command.partition("\0")[0].startswith("ssh"):
+                os.kill(int(found.parent.name), signal.SIGKILL)
+                count += 1
+        except OSError:
+            continue
+    return count
+
+
+def locked(lab: Lab) -> bool:
+    """Tell whether a deploy holds the lock of the first edge."""
+    return lab.ssh(lab.group("edge")[0], "test -e /var/lib/atlas-deploy/lease.json").returncode == 0
+
+
+def reboot(lab: Lab, release: str, strategy: str) -> None:
+    """An app host reboots in the middle of a deploy."""
+    with begun(lab, release, strategy) as process:
+        wait_until(lambda: locked(lab), 120, "the deploy is under way", pause=0.1)
+        assert lab.operate("reboot", lab.name, lab.group("app")[1]).returncode == 0
+        process.wait(END_SECONDS)
+
+
+def lost_edge(lab: Lab, release: str, strategy: str) -> None:
+    """An edge loses its power in the middle of a deploy, and comes back when that is over."""
+    edge = lab.group("edge")[1]
+    with begun(lab, release, strategy) as process:
+        wait_until(lambda: locked(lab), 120, "the deploy is under way", pause=0.1)
+        time.sleep(4)
+        assert lab.operate("kill", lab.name, edge).returncode == 0
+        try:
+            process.wait(END_SECONDS)
+        finally:
+            assert lab.operate("start", lab.name, edge).returncode == 0
+
+
+Accident = Callable[[Lab, str, str], None]
+HARMLESS: dict[str, Accident] = {"full disk": full_disk, "lost network": lost_network}
+"""Those that take nothing from users."""
