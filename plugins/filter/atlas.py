@@ -24,19 +24,23 @@ options:
 
 
 def token_credentials(tokens: Iterable[Mapping[str, Any]]) -> str:
-    """Return *tokens* as the JSON credential ``tokens``: name, sha256 (hex), scopes, limits if given."""
-    return json.dumps(
-        [
-            {
-                "name": token["name"],
-                "sha256": hashlib.sha256(token["token"].encode()).hexdigest(),
-                "scopes": list(token["scopes"]),
-            }
-            | {key: token[key] for key in ("limits",) if key in token}
-            for token in tokens
-        ],
-        sort_keys=True,
-    )
+    """Return *tokens* as the JSON credential ``tokens``: name, sha256 (hex), scopes, limits if given.
+
+    A token that replaces another (``previous``: token and expires_at, Unix time in ms) is followed by that one.
+    """
+    specs = []
+    for token in tokens:
+        spec = {
+            "name": token["name"],
+            "sha256": hashlib.sha256(token["token"].encode()).hexdigest(),
+            "scopes": list(token["scopes"]),
+        } | {key: token[key] for key in ("limits",) if key in token}
+        specs.append(spec)
+        previous = token.get("previous")
+        if previous:
+            old = hashlib.sha256(previous["token"].encode()).hexdigest()
+            specs.append({**spec, "sha256": old, "expires_at": int(previous["expires_at"])})
+    return json.dumps(specs, sort_keys=True)
 
 
 def slot_connections(settings: Mapping[str, Any], api_workers: int = 1) -> int:

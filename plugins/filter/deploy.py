@@ -195,10 +195,16 @@ def changes(facts: deploy_plan.Facts, plan_: Mapping[str, Any]) -> list[str]:
 
 
 def status(
-    facts: deploy_plan.Facts, hosts: Sequence[str], edges: Sequence[str], pin: Mapping[str, Any] | None = None
+    facts: deploy_plan.Facts,
+    hosts: Sequence[str],
+    edges: Sequence[str],
+    pin: Mapping[str, Any] | None = None,
+    policy: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
-    """Return :func:`deploy_status.status`."""
-    return deploy_status.status(facts, hosts, edges, pin)
+    """Return :func:`deploy_status.status`, and what is to be said of the rotation of secrets."""
+    state = deploy_status.status(facts, hosts, edges, pin)
+    app = {host: facts.get(host, {}) for host in hosts}
+    return {**state, "secrets": deploy_status.rotations(app, policy or {}, time.time())}
 
 
 def locks(facts: deploy_plan.Facts) -> list[str]:

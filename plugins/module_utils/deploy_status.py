@@ -9,6 +9,7 @@ import datetime
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ansible.module_utils import rotation
 from ansible.module_utils.deploy_plan import Facts, Fleet, answered, when
 
 CERTIFICATE_DAYS = 14
@@ -33,6 +34,15 @@ def status(
         "edge": {edge: _edge(edge, facts, fleet) for edge in edges},
         "owed": fleet.owed,
     }
+
+
+def rotations(facts: Facts, policy: Mapping[str, float], now: float) -> list[str]:
+    """Return which rotations of secrets are not over, and which secrets are older than *policy* (kind → days) allows."""
+    known = {host: fact for host, fact in facts.items() if answered(facts, host)}
+    found = rotation.states({host: fact["rotations"] for host, fact in known.items()})
+    moments = [fact["first_entry"] for fact in known.values() if fact["first_entry"]]
+    rows = rotation.ages(found, policy, min(map(rotation.unix, moments), default=None), now)
+    return rotation.half_rotated(found) + rotation.age_lines([row for row in rows if row["overdue"]])
 
 
 def _app(host: str, facts: Facts, fleet: Fleet) -> dict[str, Any]:
@@ -187,7 +197,14 @@ def table(state: Mapping[str, Any]) -> str:
         drift = _list([*row["drift"], owed])
         edges.append([edge, row["traffic_to"] or "-", servers or "-", certificate, held, drift])
     return "\n".join(
-        [*_columns(rows), "", *_columns(edges), "", "RETAINED: a number with ? was never good to the end."]
+        [
+            *_columns(rows),
+            "",
+            *_columns(edges),
+            "",
+            *([*told, ""] if (told := state.get("secrets")) else []),
+            "RETAINED: a number with ? was never good to the end.",
+        ]
     )
 
 

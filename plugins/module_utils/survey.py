@@ -52,7 +52,7 @@ def take(
         file = Path(folder) / "survey.json"
         extra = {"survey_file": str(file), "survey_look": look, "survey_archives": str(archives or "")}
         owners = sorted(path.parent.name for path in project.glob("roles/*/tasks"))
-        extra["survey_names"] = f"^(promotion|release|{'|'.join(owners)})_"
+        extra["survey_names"] = f"^(promotion|release|rotation|{'|'.join(owners)})_"
         command = [str(Path(sys.executable).with_name("ansible-playbook")), "-i", str(inventory)]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("ANSIBLE_")}
         environment |= {

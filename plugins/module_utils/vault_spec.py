@@ -90,6 +90,11 @@ def _tokens_weakness(value: Any) -> str | None:
         names.append(entry["name"])
         if not _TOKEN.fullmatch(str(entry["token"])):
             return f"holds a malformed token for {entry['name']!r}: expected atl_ and 43 characters"
+        previous = entry.get("previous")
+        if previous and not (
+            _TOKEN.fullmatch(str(previous.get("token"))) and isinstance(previous.get("expires_at"), int)
+        ):
+            return f"needs token and expires_at in what {entry['name']!r} had before"
         unknown = set(entry["scopes"]) - set(TOKEN_SCOPES)
         if unknown:
             return f"gives {entry['name']!r} unknown scopes: {', '.join(sorted(unknown))}"
@@ -120,8 +125,13 @@ SECRETS = (
         lambda: [{"name": "operator", "token": random_token(), "scopes": list(TOKEN_SCOPES), "limits": None}],
         _tokens_weakness,
     ),
+<<<<<<< HEAD
     Secret("vault_backup_repository_password", random_password, _password_weakness),
     Secret("vault_backup_database_password", random_password, _password_weakness),
+=======
+    # Retired keys, deployed nowhere: a backup from before their rotation needs them.
+    Secret("vault_atlas_fernet_escrow", None, _fernet_weakness),
+>>>>>>> a627100 (Rotate tokens, keyring and vault password, step by step and resumable)
     Secret("vault_haproxy_tls_pem", None, _pem_weakness),
 )
 OPTIONAL = {secret.name for secret in SECRETS if secret.make is None}

@@ -98,6 +98,7 @@ from ansible.module_utils.atlas_host import (
 )
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.canary import counters
+from ansible.module_utils.rotation import EVENT
 
 STATE = Path("/var/lib/atlas-deploy")
 MAP = Path("/etc/haproxy/slot.map")
@@ -231,6 +232,7 @@ def texts(host: Host) -> dict[str, str]:
 def facts(params: Mapping[str, Any]) -> dict[str, Any]:
     """Return everything about this host."""
     host, entries = Host(), params["journal"]
+    journal = host.journal()
     provisioned = Path("/etc/systemd/system/atlas-api@.service").exists()
     names = [name for slot in SLOTS for name in units(slot)]
     shown = host.show(names) if provisioned else {}
@@ -285,7 +287,9 @@ def facts(params: Mapping[str, Any]) -> dict[str, Any]:
         if ready
         else None,
         "requests": requests(slot) if slot else None,
-        "journal": host.journal()[-entries:] if entries else [],
+        "journal": journal[-entries:] if entries else [],
+        "rotations": [entry for entry in journal if entry.get("event") == EVENT],
+        "first_entry": journal[0]["at"] if journal else None,
         "edge": balancer(params["socket"]),
         "disk": {"opt_mb": free_mb(Path("/opt/atlas")), "var_mb": free_mb(Path("/var/lib/atlas"))},
         "memory": memory(),

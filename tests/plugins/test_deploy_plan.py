@@ -44,6 +44,8 @@ def app(slot: str | None = "blue", number: int = 4, **other: Any) -> dict[str, A
         "units": {name: {"state": "active", "restarts": 0, "memory": 1 << 20} for name in names} if slot else {},
         "ready": {"status": 200, "release": "0.9-old"} if slot else None,
         "journal": [],
+        "rotations": [],
+        "first_entry": None,
         "edge": {"installed": False, "lease": {}, "owed": {}},
         "disk": {"opt_mb": 9000, "var_mb": 9000},
         "memory": {"total_mb": 4000, "available_mb": 3000},
@@ -605,6 +607,16 @@ def test_status_names_a_release_that_is_not_the_pinned_one() -> None:
     for digest, drift in (("d" * 64, []), ("e" * 64, ["the inventory pins 1.1-eeeeeeeeeeee"])):
         state = deploy_status.status(facts, ["app1", "app2"], ["edge1"], {"version": "1.1", "digest": digest})
         assert [line for line in state["app"]["app1"]["drift"] if "pins" in line] == drift
+
+
+def test_status_names_what_is_half_rotated_or_overdue() -> None:
+    begun = {"event": "rotation", "kind": "fernet", "step": "added", "at": "1970-01-12T00:00:00Z", "order": 1}
+    facts = {"app1": app(rotations=[begun], first_entry="1970-01-01T00:00:00Z"), "app2": {"unreachable": True}}
+    told = deploy_status.rotations(facts, {"tokens": 5, "fernet": 50}, NOW)
+    assert len(told) == 2 and told[0].startswith("fernet   half rotated since 1970-01-12") and "tokens" in told[1]
+    state = status(settled()) | {"secrets": told}
+    assert told[0] in deploy_status.table(state)
+    assert deploy_status.rotations({"app1": app()}, {"tokens": 5}, NOW) == []
 
 
 def test_what_the_release_says_of_the_settings_stops_a_deploy() -> None:

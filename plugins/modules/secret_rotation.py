@@ -1,0 +1,198 @@
+#!/usr/bin/python
+"""Module secret_rotation: rotates secrets of one environment, step by step, each deploy in a process of its own."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: secret_rotation
+short_description: Rotate the secrets of an environment
+description:
+  - Changes the vault file, deploys the release that is in service with it, runs what the rotation needs on the hosts, and notes
+    each step in their journals. A run that was killed anywhere is continued by the next.
+options:
+  inventory:
+    description: Directory of the environment's inventory.
+    type: path
+    required: true
+  project:
+    description: Directory of this project.
+    type: path
+    required: true
+  kinds:
+    description: What to rotate, or V(all). Empty only shows ages.
+    type: list
+    elements: str
+    default: []
+  overlap_hours:
+    description: For how long the old tokens stay good beside the new ones.
+    type: float
+    default: 24.0
+  revoke:
+    description: Whether the old tokens are refused as soon as the new ones are in service.
+    type: bool
+    default: false
+author: Atlas
+attributes:
+  check_mode:
+    support: full
+    details: Only shows ages.
+"""
+
+EXAMPLES = r"""
+- name: Rotate the keyring
+  secret_rotation:
+    inventory: inventories/staging
+    project: "{{ playbook_dir | dirname }}"
+    kinds: [fernet]
+"""
+
+RETURN = r"""
+lines:
+  description: What was done, and how old the secrets are, for people.
+  type: list
+  returned: success
+"""
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ansible.module_utils import promotion_plan, release, release_pin, rotation, survey
+from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.labs import write_file
+from ansible.module_utils.vault_file import VaultError, VaultFile
+
+ARCHIVES = Path("dist/pinned")
+SECONDS = 7200
+
+
+class Fleet:
+    """The hosts of one environment, by playbooks that run in processes of their own."""
+
+    def __init__(self, inventory: Path, project: Path) -> None:
+        self.inventory, self.project = inventory, project
+        self.found = survey.take(inventory, project, archives=project / ARCHIVES)
+        journals = {host: self.found["facts"].get(host, {}).get("journal", []) for host in self.found["hosts"]}
+        self.states = rotation.states(journals)
+        moments = [str(journal[0]["at"]) for journal in journals.values() if journal]
+        self.first = min(map(rotation.unix, moments), default=None)
+        self.log = project / ".cache" / "rotation" / f"{self.found['environment']}.log"
+
+    def state(self, kind: str) -> rotation.State:
+        """Return the last entry of the rotation of *kind*."""
+        return self.states[kind]
+
+    def deploy(self) -> None:
+        """Deploy the release in service with what the vault says now."""
+        serving = promotion_plan.source_release(self.found)
+        if not serving["id"]:
+            raise rotation.RotationError("Nothing is in service, so nothing uses the secrets: deploy first.")
+        try:
+            archive = release_pin.find(self.project / "dist", serving)
+        except (release_pin.PinError, release.ReleaseError) as error:
+            raise rotation.RotationError(str(error)) from None
+        self.play("deploy.yml", {"release": str(archive)})
+        self.play("rotate_hosts.yml", {"rotate_commands": [], "rotate_entry": {}, "rotate_revoke": True})
+
+    def run(self, commands: Sequence[Sequence[str]]) -> None:
+        """Run *commands* of the service on one host."""
+        listed = [list(words) for words in commands]
+        self.play("rotate_hosts.yml", {"rotate_commands": listed, "rotate_entry": {}, "rotate_revoke": False})
+
+    def note(self, kind: str, entry: Mapping[str, Any]) -> None:
+        """Append *entry* to every journal."""
+        whole = {"kind": kind, "order": time.time_ns(), **entry}
+        self.play("rotate_hosts.yml", {"rotate_commands": [], "rotate_entry": whole, "rotate_revoke": False})
+        now = time.time()
+        at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now))
+        self.states[kind] = {**self.states[kind], **whole, "at": at}
+        if entry["step"] == rotation.DONE:
+            self.states[kind]["finished_at"] = now
+
+    def play(self, playbook: str, variables: Mapping[str, Any]) -> None:
+        """Run *playbook*; what it prints is appended to the log."""
+        command = [str(Path(sys.executable).with_name("ansible-playbook")), "-i", str(self.inventory)]
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("ANSIBLE_")}
+        done = subprocess.run(
+            [*command, f"playbooks/{playbook}", "-e", json.dumps(variables)],
+            cwd=self.project,
+            env=environment | {"ANSIBLE_CONFIG": str(self.project / "ansible.cfg")},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=SECONDS,
+            check=False,
+        )
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("a", encoding="utf-8") as file:
+            file.write(f"{playbook}, exit status {done.returncode}\n{done.stdout}\n")
+        if done.returncode:
+            told = "\n".join(done.stdout.strip().splitlines()[-30:])
+            raise rotation.RotationError(f"playbooks/{playbook} failed (all of it is in {self.log}):\n{told}")
+
+
+def main() -> None:
+    """Run the module."""
+    module = AnsibleModule(
+        argument_spec={
+            "inventory": {"type": "path", "required": True},
+            "project": {"type": "path", "required": True},
+            "kinds": {"type": "list", "elements": "str", "default": []},
+            "overlap_hours": {"type": "float", "default": 24.0},
+            "revoke": {"type": "bool", "default": False},
+        },
+        supports_check_mode=True,
+    )
+    params = module.params
+    kinds = list(rotation.KINDS) if params["kinds"] == ["all"] else params["kinds"]
+    unknown = [kind for kind in kinds if kind not in rotation.KINDS]
+    if unknown:
+        known = ", ".join(rotation.KINDS)
+        module.fail_json(
+            msg=f"Nothing was changed: {', '.join(unknown)} cannot be rotated by this. It can: {known}, all."
+        )
+    lines: list[str] = []
+    try:
+        inventory, project = Path(params["inventory"]).resolve(), Path(params["project"]).resolve()
+        secrets = VaultFile(inventory, project)
+        with (secrets.backups / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fleet = Fleet(inventory, project)
+            for kind in [] if module.check_mode else kinds:
+                for line in rotation.rotate(
+                    kind, secrets, fleet, time.time(), params["overlap_hours"] * 3600, params["revoke"]
+                ):
+                    lines.append(f"{kind:8} {line}")
+                    if kind == "tokens":
+                        tell_lab(inventory, secrets)
+    except BlockingIOError:
+        module.fail_json(msg="Another rotation of this environment is running on this machine.")
+    except (survey.SurveyError, rotation.RotationError, VaultError) as error:
+        so_far = "\n".join(lines) or "nothing"
+        module.fail_json(
+            msg=f"{error}\nDone so far: {so_far}\nMend the cause, then run the same again: it goes on from there."
+        )
+    policy = next(iter(fleet.found["variables"].values())).get("rotation_days") or {}
+    lines += rotation.half_rotated(fleet.states)
+    lines += rotation.age_lines(rotation.ages(fleet.states, policy, fleet.first, time.time()))
+    module.exit_json(changed=bool(kinds) and not module.check_mode, lines=lines)
+
+
+def tell_lab(inventory: Path, secrets: VaultFile) -> None:
+    """Bring access.json of a lab, which people and tests take the token from, to what the vault says."""
+    access = inventory.parent / "access.json"
+    if access.is_file() and inventory.parent.parent.name == ".lab":
+        content = json.loads(access.read_text(encoding="utf-8"))
+        content["token"] = secrets.read()[rotation.TOKENS][0]["token"]
+        write_file(access, json.dumps(content, indent=2) + "\n", 0o600)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,408 @@
+"""Rotations end, leave nothing under the old secret, lose nothing on the way, and go on wherever they were killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ansible.errors import AnsibleError
+from ansible.module_utils import rotation, vault_file
+from ansible.module_utils.lab_inventory import encrypt_vault
+from ansible.module_utils.labs import LabError
+from ansible.module_utils.rotation import DONE, ESCROW, FERNET, TOKENS, fingerprint
+from ansible.module_utils.vault_file import VaultError, VaultFile
+from ansible.module_utils.vault_spec import generate, random_fernet_key, random_password, value_errors
+from ansible.parsing.vault import VaultLib, VaultSecret
+
+PROJECT = Path(__file__).resolve().parents[2]
+NOW = 1_800_000_000.0
+HOUR = 3600.0
+
+
+def _filters() -> Any:
+    """The filters of the file that a callback of the same name hides."""
+    spec = spec_from_file_location("atlas_filters", PROJECT / "plugins/filter/atlas.py")
+    assert spec and spec.loader
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+token_credentials = _filters().token_credentials
+
+
+class Killed(BaseException):
+    """The run ends here."""
+
+
+class World:
+    """A fleet that serves: what is deployed, rows under keys, journals; each change can be the last before the run is killed.
+
+    *deadline* counts down with every change; at 0 the run is killed, before the change or after it by turns.
+    """
+
+    def __init__(self) -> None:
+        self.vault: dict[str, Any] = generate()
+        self.deployed = json.loads(json.dumps(self.vault))
+        self.rows = [fingerprint(self.vault[FERNET][0])] * 5
+        self.journal: list[dict[str, Any]] = []
+        self.deadline = -1
+        self.after = False
+        self.changes = 0
+        self.password = 0
+        self.now = NOW
+
+    def change(self, effect: Callable[[], None]) -> None:
+        self.changes += 1
+        self.deadline -= 1
+        if self.deadline == 0 and not self.after:
+            raise Killed
+        effect()
+        self.check()
+        if self.deadline == 0:
+            raise Killed
+
+    def check(self) -> None:
+        """What must hold at every moment: everything that is in use is in the vault, and what is stored can be read."""
+        assert value_errors(self.vault) == []
+        kept = [*self.vault[FERNET], *self.vault.get(ESCROW, [])]
+        assert set(self.deployed[FERNET]) <= set(kept)
+        assert set(self.rows) <= {fingerprint(key) for key in self.deployed[FERNET]}
+
+    # Secrets
+
+    def read(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(json.dumps(self.vault))
+        return found
+
+    def write(self, values: dict[str, Any]) -> None:
+        self.change(lambda: setattr(self, "vault", json.loads(json.dumps(values))))
+
+    def rekey(self) -> str:
+        self.change(lambda: setattr(self, "password", self.password + 1))
+        return "the vault password is another"
+
+    # Hosts
+
+    def state(self, kind: str) -> rotation.State:
+        return rotation.states({"app1": self.journal})[kind]
+
+    def deploy(self) -> None:
+        def effect() -> None:
+            # While a deploy goes on, both deployments write, each under its own first key, and both have to read it all.
+            for keys in (self.deployed[FERNET], self.vault[FERNET]):
+                self.rows.append(fingerprint(keys[0]))
+            both = [{fingerprint(key) for key in side[FERNET]} for side in (self.deployed, self.vault)]
+            assert set(self.rows) <= both[0] & both[1], "one of the two could not read a row"
+            self.deployed = self.read()
+
+        self.change(effect)
+
+    def run(self, commands: Sequence[Sequence[str]]) -> None:
+        def effect() -> None:
+            first = fingerprint(self.deployed[FERNET][0])
+            if ("keys", "reencrypt") in {tuple(words[:2]) for words in commands}:
+                self.rows = [first for _ in self.rows]
+            if any(row != first for row in self.rows):
+                raise rotation.RotationError("retire-check: some are not under the newest key")
+
+        self.change(effect)
+
+    def note(self, kind: str, entry: Mapping[str, Any]) -> None:
+        whole = {"event": "rotation", "kind": kind, "at": "2027-01-15T08:00:00Z", "order": len(self.journal), **entry}
+        self.change(lambda: self.journal.append(whole))
+
+    # As users see it
+
+    def accepted(self) -> dict[str, int | None]:
+        """Hash of each token that the service takes now → when it ends."""
+        specs = json.loads(token_credentials(self.deployed[TOKENS]))
+        ends = {spec["sha256"]: spec.get("expires_at") for spec in specs}
+        return {sha: end for sha, end in ends.items() if end is None or end > self.now * 1000}
+
+
+def run(world: World, kind: str, revoke: bool = False) -> list[str]:
+    return list(rotation.rotate(kind, world, world, world.now, 24 * HOUR, revoke))
+
+
+def rotated(world: World, kind: str, revoke: bool) -> None:
+    """Run until nothing is left to do, as a person would: again after a kill, and once more when the overlap is over."""
+    for _ in range(3):
+        try:
+            run(world, kind, revoke)
+        except Killed:
+            pass
+        else:
+            world.now += 25 * HOUR
+        if world.state(kind).get("step") == DONE:
+            return
+    run(world, kind, revoke)
+
+
+def length(kind: str, revoke: bool) -> int:
+    world = World()
+    rotated(world, kind, revoke)
+    return world.changes
+
+
+CASES = [
+    (kind, revoke, point, after)
+    for kind, revoke in (("fernet", False), ("tokens", False), ("tokens", True), ("vault", False))
+    for point in range(1, length(kind, revoke) + 1)
+    for after in (False, True)
+]
+
+
+def test_there_are_ten_points_and_more_to_be_killed_at() -> None:
+    assert length("fernet", False) >= 10 and len(CASES) >= 40
+
+
+@pytest.mark.parametrize(("kind", "revoke", "point", "after"), CASES)
+def test_a_rotation_that_was_killed_goes_on(kind: str, revoke: bool, point: int, after: bool) -> None:
+    world = World()
+    old = world.read()
+    old_tokens = set(world.accepted())
+    world.deadline, world.after = point, after
+    rotated(world, kind, revoke)
+    assert world.deadline <= 0, "it was never killed"
+    assert not rotation.under_way(world.state(kind)) and world.state(kind)["generation"] == 1
+    assert world.deployed == world.read()
+    if kind == "fernet":
+        (key,) = world.vault[FERNET]
+        assert key not in old[FERNET] and set(world.rows) == {fingerprint(key)}
+        assert set(old[FERNET]) <= set(world.vault[ESCROW])
+    if kind == "tokens":
+        assert not old_tokens & set(world.accepted()) and len(world.accepted()) == len(old_tokens)
+        assert [set(entry) for entry in world.vault[TOKENS]] == [{"name", "token", "scopes", "limits"}]
+
+
+def test_old_and_new_tokens_are_good_together_and_then_the_old_ones_are_not() -> None:
+    world = World()
+    (old,) = world.accepted()
+    said = run(world, "tokens")
+    assert "are good until 2027-01-16" in said[-1] and "run it again" in said[-1]
+    assert old in world.accepted() and len(world.accepted()) == 2
+    assert rotation.half_rotated(rotation.states({"app1": world.journal}))[0].startswith("tokens   half rotated")
+    before = world.read()
+    run(world, "tokens")  # nothing more to do yet
+    assert world.read() == before
+    world.now += 25 * HOUR
+    assert old not in world.accepted() and len(world.accepted()) == 1
+    run(world, "tokens")
+    assert rotation.half_rotated(rotation.states({"app1": world.journal})) == []
+
+
+def test_revoked_at_once_also_in_the_middle_of_an_overlap() -> None:
+    world = World()
+    (old,) = world.accepted()
+    run(world, "tokens")
+    run(world, "tokens", revoke=True)
+    assert old not in world.accepted() and len(world.accepted()) == 1
+    assert world.state("tokens")["step"] == DONE
+
+
+def test_a_keyring_is_not_retired_while_something_needs_it() -> None:
+    world = World()
+    stuck = World.run
+
+    def refuse(self: World, commands: Sequence[Sequence[str]]) -> None:
+        raise rotation.RotationError("one row is unreadable")
+
+    World.run = refuse  # type: ignore[method-assign]
+    try:
+        with pytest.raises(rotation.RotationError):
+            run(world, "fernet")
+    finally:
+        World.run = stuck  # type: ignore[method-assign]
+    assert len(world.deployed[FERNET]) == 2
+    run(world, "fernet")
+    assert len(world.deployed[FERNET]) == 1
+
+
+def test_keys_that_were_there_before_retire_too() -> None:
+    world = World()
+    world.vault[FERNET].append(random_fernet_key())
+    world.deployed = world.read()
+    run(world, "fernet")
+    assert len(world.vault[FERNET]) == 1 and len(world.vault[ESCROW]) == 2
+
+
+def test_ages_are_judged_by_the_policy() -> None:
+    journal: list[dict[str, Any]] = [
+        {"event": "rotation", "kind": "tokens", "step": DONE, "generation": 3, "at": "2026-12-01T00:00:00Z"},
+        {"event": "rotation", "kind": "fernet", "step": "begun", "new": "x", "at": "2027-01-10T00:00:00Z"},
+    ]
+    found = rotation.states({"app1": journal, "app2": []})
+    rows = rotation.ages(found, {"tokens": 30, "fernet": 365, "vault": 10}, NOW - 100 * 86400, NOW)
+    assert [(row["kind"], row["generation"], row["days"], row["overdue"]) for row in rows] == [
+        ("tokens", 3, 45, True),
+        ("fernet", 0, 100, False),
+        ("vault", 0, 100, True),
+    ]
+    assert "OVERDUE" in rotation.age_lines(rows)[0] and "OVERDUE" not in rotation.age_lines(rows)[1]
+    assert rotation.ages({}, {"vault": 1}, None, NOW)[0]["overdue"] is False
+    assert len(rotation.half_rotated(found)) == 1
+
+
+# --- the vault file ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the client with an empty home, and an inventory with a vault file."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for name in [key for key in os.environ if key.startswith("ATLAS_VAULT")]:
+        monkeypatch.delenv(name)
+    (tmp_path / "bin").mkdir()
+    shutil.copy(PROJECT / "bin/vault-client", tmp_path / "bin")
+    inventory = tmp_path / "inventories/shop"
+    inventory.mkdir(parents=True)
+    (inventory / "environment.yml").write_text("plugin: environment\nvault_id: shop\n")
+    password(tmp_path).parent.mkdir(parents=True)
+    password(tmp_path).write_text(random_password() + "\n")
+    password(tmp_path).chmod(0o600)
+    encrypt_vault(inventory / "group_vars/all/vault.yml", "shop", password(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same encryption without a process for each: what a test does many times."""
+
+    def vault(action: str, *arguments: str, plain: str | None = None) -> str:
+        source = arguments[arguments.index("--vault-id") + 1]
+        name, path = source.split("@", 1)
+        if path.endswith("vault-client"):
+            secret = subprocess.run(
+                [path, "--vault-id", name], capture_output=True, text=True, check=True
+            ).stdout.strip()
+        else:
+            secret = Path(path).read_text().strip()
+        library = VaultLib([(name, VaultSecret(secret.encode()))])
+        if action == "encrypt":
+            target = Path(arguments[arguments.index("--output") + 1])
+            target.write_bytes(library.encrypt((plain or "").encode(), vault_id=name, secret=library.secrets[0][1]))
+            return ""
+        try:
+            return str(library.decrypt(Path(arguments[-1]).read_bytes()).decode())
+        except AnsibleError as error:
+            raise LabError(str(error)) from None
+
+    monkeypatch.setattr(vault_file, "ansible_vault", vault)
+
+
+def password(checkout: Path) -> Path:
+    return checkout / "home/.config/atlas/vault/shop"
+
+
+def opened(checkout: Path) -> VaultFile:
+    return VaultFile(checkout / "inventories/shop", checkout)
+
+
+def test_what_is_written_is_read_again_and_the_one_before_is_kept(checkout: Path) -> None:
+    vault = opened(checkout)
+    before = vault.read()
+    after = before | {FERNET: [random_fernet_key()]}
+    vault.write(after)
+    assert opened(checkout).read() == after
+    (backup,) = vault.backups.glob("*.yml")
+    assert backup.stat().st_mode & 0o777 == 0o600 and backup.read_bytes().startswith(b"$ANSIBLE_VAULT;1.2;AES256;shop")
+    backup.replace(vault.path)
+    assert opened(checkout).read() == before
+
+
+def test_a_vault_with_fewer_secrets_is_not_written(checkout: Path) -> None:
+    vault = opened(checkout)
+    before, held = vault.path.read_bytes(), vault.read()
+    del held[TOKENS]
+    with pytest.raises(VaultError, match="vault_atlas_tokens is missing"):
+        vault.write(held)
+    assert vault.path.read_bytes() == before
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("point", ["written", "vault", "replaced", "no kill"])
+def test_a_password_that_is_changed_opens_the_vault_wherever_the_run_is_killed(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, point: str
+) -> None:
+    """Killed after the new password is on disk, after the vault needs it, and when it was to be put in place."""
+    before, old = opened(checkout).read(), password(checkout).read_text()
+
+    def kill(*_: Any, **__: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        if point == "written":
+            patch.setattr(VaultFile, "write", kill)
+        if point == "vault":
+            patch.setattr(vault_file, "keep", kill)
+        if point == "replaced":
+            patch.setattr(os, "replace", kill)
+        try:
+            opened(checkout).rekey()
+        except Killed:
+            assert point != "no kill"
+    ways = [password(checkout), password(checkout).with_name("shop.next")]
+    assert any(way.is_file() and opened(checkout)._opens(way) for way in ways)
+    if point != "no kill":
+        opened(checkout).rekey()
+    assert password(checkout).read_text() != old and opened(checkout).read() == before
+    assert not password(checkout).with_name("shop.next").exists()
+    (checkout / "old").write_text(old)
+    (checkout / "old").chmod(0o600)
+    with pytest.raises(VaultError, match="cannot be opened"):
+        opened(checkout).read(checkout / "old")
+
+
+def test_a_password_from_elsewhere_is_not_changed_here(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATLAS_VAULT_PASSWORD_SHOP", password(checkout).read_text().strip())
+    with pytest.raises(VaultError, match="the variable ATLAS_VAULT_PASSWORD_SHOP.*ansible-vault rekey"):
+        opened(checkout).rekey()
+
+
+def test_in_between_playbooks_go_on_and_say_what_to_do(checkout: Path) -> None:
+    for name in ("plugins/inventory", "plugins/module_utils"):
+        shutil.copytree(PROJECT / name, checkout / name)
+    shutil.copy(PROJECT / "ansible.cfg", checkout)
+    inventory = checkout / "inventories/shop"
+    (inventory / "hosts.yml").write_text("all: {hosts: {one: {ansible_connection: local}}}\n")
+    mirrors = {name.removeprefix("vault_"): f"{{{{ {name} }}}}" for name in generate()}
+    (inventory / "group_vars/all/main.yml").write_text(yaml.safe_dump(mirrors))
+    following = password(checkout).with_name("shop.next")
+    following.write_text(random_password() + "\n")
+    following.chmod(0o600)
+    vault = opened(checkout)
+    vault.write(vault.read(), following)
+    ask = [
+        str(Path(sys.executable).with_name("ansible")),
+        "one",
+        "-i",
+        str(inventory),
+        "-m",
+        "debug",
+        "-a",
+        "msg=went-on",
+    ]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("ANSIBLE_")}
+    done = subprocess.run(
+        ask, cwd=checkout, env=environment | {"ANSIBLE_CONFIG": str(checkout / "ansible.cfg")},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0 and "went-on" in done.stdout, done.stdout + done.stderr
+    assert "rotate=vault" in " ".join((done.stdout + done.stderr).split())
+
+
+def test_the_old_token_travels_with_its_end() -> None:
+    entry = {"name": "operator", "token": "new", "scopes": ["read"], "previous": {"token": "old", "expires_at": 5}}
+    new, old = json.loads(token_credentials([entry]))
+    assert "expires_at" not in new and old["expires_at"] == 5 and new["sha256"] != old["sha256"]
+    assert (old["name"], old["scopes"]) == ("operator", ["read"])
