@@ -196,16 +196,9 @@ def table(state: Mapping[str, Any]) -> str:
         certificate = "none" if row["certificate_days"] is None else f"{row['certificate_days']} days left"
         drift = _list([*row["drift"], owed])
         edges.append([edge, row["traffic_to"] or "-", servers or "-", certificate, held, drift])
-    return "\n".join(
-        [
-            *_columns(rows),
-            "",
-            *_columns(edges),
-            "",
-            *([*told, ""] if (told := state.get("secrets")) else []),
-            "RETAINED: a number with ? was never good to the end.",
-        ]
-    )
+    secrets = [*state["secrets"], ""] if state.get("secrets") else []
+    note = "RETAINED: a number with ? was never good to the end."
+    return "\n".join([*_columns(rows), "", *_columns(edges), "", *secrets, note])
 
 
 def _list(texts: Sequence[str]) -> str:

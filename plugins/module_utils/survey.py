@@ -212,9 +212,7 @@ def _group(survey: Mapping[str, Any], group: str) -> dict[str, Any]:
         return value
 
     variables = survey["variables"].get(own, {})
-    # What atlas_settings is put together from is not worth a second line.
-    shown = {name: neutral(value) for name, value in variables.items() if not name.startswith("atlas_settings_")}
-    return {path: leaf for name, value in shown.items() for path, leaf in _leaves(value, name)}
+    return {path: leaf for name, value in variables.items() for path, leaf in _leaves(neutral(value), name)}
 
 
 def _leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:

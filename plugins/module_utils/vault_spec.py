@@ -125,13 +125,10 @@ SECRETS = (
         lambda: [{"name": "operator", "token": random_token(), "scopes": list(TOKEN_SCOPES), "limits": None}],
         _tokens_weakness,
     ),
-<<<<<<< HEAD
     Secret("vault_backup_repository_password", random_password, _password_weakness),
     Secret("vault_backup_database_password", random_password, _password_weakness),
-=======
     # Retired keys, deployed nowhere: a backup from before their rotation needs them.
     Secret("vault_atlas_fernet_escrow", None, _fernet_weakness),
->>>>>>> a627100 (Rotate tokens, keyring and vault password, step by step and resumable)
     Secret("vault_haproxy_tls_pem", None, _pem_weakness),
 )
 OPTIONAL = {secret.name for secret in SECRETS if secret.make is None}
