@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -12,7 +13,7 @@ from atlas import admission, counts, snapshot
 from atlas.crypto import Keyring
 from atlas.db import Database
 from atlas.documents import Documents, Submission
-from atlas.queue import NewJob, Queue, Result, Which
+from atlas.queue import _OLDEST, NewJob, Queue, Result, Which
 from atlas.schema import counts as table
 from atlas.schema import documents as documents_table
 from atlas.schema import jobs
@@ -97,6 +98,21 @@ def test_processes_count_together_and_sessions_that_are_over_are_added_up(databa
         assert shards() <= 2 and drift(database) == []
         assert Queue(database, "test").stats().depth == before.depth
     database.close()
+
+
+def test_statistics_read_no_queue(database: Database, queue: Queue) -> None:
+    with database.write() as connection:
+        queue.enqueue_many(connection, [NewJob(priority=n % 3) for n in range(20_000)])
+    for statement in (_OLDEST, counts._ALL):
+        with database.read() as connection:
+            asked = str(statement.compile(connection, compile_kwargs={"literal_binds": True}))
+            if database.dialect == "sqlite":
+                plan = " ".join(row[3] for row in connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {asked}"))
+                assert "SCAN jobs" not in plan and ("B-TREE" not in plan or statement is counts._ALL), plan
+            else:
+                # Also before the table was analysed for the first time.
+                plan = " ".join(row[0] for row in connection.exec_driver_sql(f"EXPLAIN ANALYZE {asked}"))
+                assert max(int(number) for number in re.findall(r"actual time=\S+ rows=(\d+)", plan)) <= 10, plan
 
 
 def test_a_wrong_count_is_named(database: Database, keyring: Keyring) -> None:

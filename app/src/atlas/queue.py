@@ -188,6 +188,18 @@ def _common(priority: int) -> ColumnElement[bool]:
     return and_(*written, jobs.c.priority == literal_column(str(priority)))
 
 
+def _soonest(priority: int) -> Any:
+    # Not a minimum, for which PostgreSQL reads all of a table that it has not analysed yet.
+    return (
+        select(jobs.c.run_at)
+        .where(_common(priority))
+        .order_by(jobs.c.run_at)
+        .limit(literal_column("1"))
+        .scalar_subquery()
+    )
+
+
+_OLDEST = select(*(_soonest(priority) for priority in PRIORITIES.values()))
 _NOW = bindparam("now", type_=BigInteger)
 # Written out too: PostgreSQL makes a new plan each time for what it cannot judge without the value.
 _OWN, _MOST, _LIMIT, _WINDOW = (
@@ -292,7 +304,7 @@ _RECORD = insert(job_events).from_select(
 _NEXT_OWN = select(func.min(jobs.c.run_at).label("at")).where(_PROBES)
 _FIRST = union_all(
     _NEXT_OWN,
-    *(select(func.min(jobs.c.run_at)).where(_common(priority)) for priority in PRIORITIES.values()),
+    *(select(_soonest(priority)) for priority in PRIORITIES.values()),
     select(select(hosts.c.next_at).where(_HAS_ROOM).order_by(hosts.c.next_at).limit(1).scalar_subquery()),
 ).subquery()
 _NEXT = select(func.min(_FIRST.c.at))
@@ -582,10 +594,7 @@ class Queue:
             for count in found:
                 if count.state in depth:
                     depth[count.state][count.priority] += count.n
-            oldest = [
-                connection.scalar(select(func.min(jobs.c.run_at)).where(_common(priority)))
-                for priority in PRIORITIES.values()
-            ]
+            oldest = connection.execute(_OLDEST).one()
             recent = connection.execute(
                 select(job_events.c.event, func.count())
                 .where(job_events.c.at > now - 300_000)
