@@ -11,10 +11,13 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from crash_worker import work_for_ever
 from cryptography.fernet import Fernet
+from pysqlite3 import dbapi2 as sqlite
 from scratch import wait_for
 from sqlalchemy import func, select
 from sqlalchemy.exc import OperationalError
@@ -69,24 +72,30 @@ def main(directory: str, count: int) -> None:
         with database.read() as connection:
             return dict(connection.execute(counted.group_by(job_events.c.document_id)).all())
 
+    def fill(file: BinaryIO) -> None:
+        """Leave no room, neither on the disk nor in the log: what is written back there frees its space."""
+        with suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+        with suppress(sqlite.Error), closing(sqlite.connect(f"{directory}/atlas.db", timeout=1)) as connection:
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
     times_full = 0
+    filler = Path(directory, "filler")
     with ThreadPoolExecutor(CLIENTS) as pool:
         sent = []
         for turn in range(TIMES):
             part = range(count * turn // TIMES, count * (turn + 1) // TIMES)
             sent += [pool.submit(send, number) for number in part[: len(part) // 2]]
             wait_for(lambda: len(acknowledged) > count * turn // TIMES, 60, "documents are taken in")  # noqa: B023
-            filler = Path(directory, "filler")
             before = len(refusals)
-            sent += [pool.submit(send, number) for number in part[len(part) // 2 :]]
             with filler.open("wb", buffering=0) as file:
-                # Again and again: the log may have been written back meanwhile, or a page that was freed be used.
-                def is_refused(file=file, before=before) -> bool:  # type: ignore[no-untyped-def]
-                    try:
-                        while True:
-                            file.write(b"\0" * 4096)
-                    except OSError:
-                        return len(refusals) > before
+                fill(file)
+                sent += [pool.submit(send, number) for number in part[len(part) // 2 :]]
+
+                def is_refused(file: BinaryIO = file, before: int = before) -> bool:
+                    fill(file)
+                    return len(refusals) > before
 
                 wait_for(is_refused, 60, "a document is refused for want of space")
             workers.pop(0).kill()
