@@ -241,6 +241,7 @@ def _deploy(result: dict[str, Any], fleet: Fleet, release: Mapping[str, Any], op
     todo = [host for host in fleet.hosts if host not in same]
     revisions = (release.get("schema") or {}).get("revisions", [])
     contract = bool(options["contract"] and set(revisions) - set(options.get("applied") or {}))
+    known = (retained(fleet).get(int(fleet.number or 0), {}).get("schema") or {}).get("revisions", [])
     if options["force"] or contract or not same:
         mode, hosts = "deploy", fleet.hosts
     elif todo:
@@ -265,6 +266,7 @@ def _deploy(result: dict[str, Any], fleet: Fleet, release: Mapping[str, Any], op
         "warm": False,
         "renew": [],
         "contract": contract,
+        "migrates": mode == "deploy" and fleet.home is not None and bool(set(revisions) - set(known) or contract),
         "release": dict(release),
         "nothing_to_do": mode == "nothing",
     }

@@ -509,6 +509,16 @@ def test_contract_is_refused_while_a_retained_deployment_needs_the_old_schema() 
     assert done["nothing_to_do"]
 
 
+def test_a_restore_point_comes_before_a_migration_and_only_there() -> None:
+    schema = {"head": "0002", "revisions": ["0001", "0002"]}
+    known = app(deployments={"4": {"release": "0.9-old", "schema": schema}})
+    facts = fleet(app1=known, app2=copy.deepcopy(known))
+    assert decide(facts, release=RELEASE | {"schema": NEWER})["migrates"] is True
+    assert decide(facts, release=RELEASE | {"schema": schema})["migrates"] is False
+    first = fleet(app1=app(slot=None), app2=app(slot=None), edge1=edge())
+    assert decide(first, release=RELEASE | {"schema": NEWER})["migrates"] is False
+
+
 # Who takes part
 
 
