@@ -25,7 +25,7 @@ from pathlib import Path
 
 POLL_SECONDS = 0.05
 COMMAND_SECONDS = 5.0
-RELOAD_SECONDS = 2.0
+RELOAD_SECONDS = 5.0
 
 
 class RuntimeFailure(Exception):
@@ -95,12 +95,12 @@ class RuntimeSocket:
             ) from error
 
     def _connect(self, connection: socket.socket) -> None:
-        """Connect, with patience for the moment of a reload in which nobody listens."""
+        """Connect, with patience for the moment of a reload in which nobody listens, or nobody takes who knocks."""
         deadline = time.monotonic() + RELOAD_SECONDS
         while True:
             try:
                 return connection.connect(self.path)
-            except (ConnectionRefusedError, FileNotFoundError):
+            except (ConnectionRefusedError, FileNotFoundError, BlockingIOError):
                 if time.monotonic() >= deadline:
                     raise
                 time.sleep(POLL_SECONDS)

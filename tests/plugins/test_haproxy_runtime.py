@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -529,6 +529,35 @@ def test_module_reports_what_changed(edge: Edge) -> None:
 def test_a_socket_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(RuntimeFailure, match=r"none\.sock cannot be used.*systemctl status haproxy"):
         Balancer(str(tmp_path / "none.sock")).servers()
+
+
+def test_a_socket_whose_queue_is_full_is_waited_for(tmp_path: Path) -> None:
+    """A master that reloads takes nobody for a while; whoever knocks when its queue is full is told to try again."""
+    path = str(tmp_path / "busy.sock")
+    with socket.socket(socket.AF_UNIX) as busy, ExitStack() as waiting:
+        busy.bind(path)
+        busy.listen(0)
+        with pytest.raises(BlockingIOError):
+            for _ in range(10):
+                early = waiting.enter_context(socket.socket(socket.AF_UNIX))
+                early.setblocking(False)
+                early.connect(path)
+
+        def serve() -> None:
+            waiting.close()
+            while not told.is_set():
+                with busy.accept()[0] as connection:
+                    if connection.recv(100):
+                        connection.sendall(b"well")
+                        told.set()
+
+        told = threading.Event()
+        later = threading.Timer(0.5, serve)
+        later.start()
+        try:
+            assert RuntimeSocket(path).ask("show info") == "well"
+        finally:
+            later.join(10)
 
 
 def test_a_silent_socket_does_not_hang(tmp_path: Path) -> None:
