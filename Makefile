@@ -39,7 +39,11 @@ rehearse: bootstrap ## a deploy to ENV in a lab of its shape, under load, judged
 
 test: ## everything that a change must pass
 	@bin/bootstrap --tests
-	@$(MAKE) lint unit test-lab molecule
+	@mkdir -p .cache; set -o pipefail; $(MAKE) lint unit test-lab molecule 2>&1 | tee .cache/test.log || { $(show_failures); exit 1; }
+
+# What failed stands hundreds of lines up by the time a scenario has cleaned up: it is said once more, at the end.
+show_failures = echo "What failed (all of it: .cache/test.log):" >&2; \
+  sed 's/\x1b\[[0-9;]*m//g' .cache/test.log | grep -E '(^|[ │])(FAILED|ERROR) [^ ]+::|(^|│ )E  |fatal: |\*\*\* \[' | tail -n 20 >&2
 
 # Sizes of `make test-full`; each test has a smaller one of its own (docs/testing.md).
 FULL_SIZES := ATLAS_CRASH_DOCUMENTS=2000 ATLAS_BLOCKED_JOBS=100000 ATLAS_EXAMPLES=1000 ATLAS_SCHEMATHESIS_EXAMPLES=200
