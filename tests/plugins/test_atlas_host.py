@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import atlas_deployment
-import atlas_facts
 import atlas_slot
 import pytest
-from ansible.module_utils import atlas_host
+from ansible.module_utils import atlas_host, host_facts
 from ansible.module_utils.atlas_host import Answer, Done, Gate, Host, HostError
 
 ACTIVE = {
@@ -495,9 +494,9 @@ def test_no_secret_is_in_the_result_or_on_the_disk(host: Host, as_root: None) ->
 @pytest.mark.parametrize("other", [{"settings": "a: 2\n"}, {"credentials": {"tokens": "OTHER"}}])
 def test_a_change_of_settings_or_secrets_is_recognised(host: Host, as_root: None, other: dict[str, Any]) -> None:
     atlas_deployment.apply(wanted(), host, False)
-    assert atlas_facts.compared(host, 1, wanted()) is True
-    assert atlas_facts.compared(host, 1, wanted(**other)) is False
-    assert atlas_facts.compared(host, None, wanted()) is None
+    assert host_facts.compared(host, 1, wanted()) is True
+    assert host_facts.compared(host, 1, wanted(**other)) is False
+    assert host_facts.compared(host, None, wanted()) is None
 
 
 def test_the_new_release_checks_its_settings_as_they_will_be(host: Host, as_root: None) -> None:
@@ -518,8 +517,8 @@ def test_revoked_credentials_are_replaced_and_nothing_else(host: Host, as_root: 
     assert sorted(os.listdir(directory)) == ["credentials", "deployment.json", "release", "settings.yaml"]
     assert sorted(os.listdir(directory / "credentials")) == ["more", "tokens"]
     assert (directory / "settings.yaml").read_text() == before["settings.yaml"]
-    assert atlas_facts.compared(host, 1, wanted(credentials=newer)) is True
-    assert atlas_facts.compared(host, 1, wanted()) is False
+    assert host_facts.compared(host, 1, wanted(credentials=newer)) is True
+    assert host_facts.compared(host, 1, wanted()) is False
 
 
 def test_a_deployment_that_cannot_be_rendered_leaves_nothing(

@@ -1,0 +1,239 @@
+"""What one host has in service and what state it is in, asked of the host itself: for atlas_facts and ops_facts.
+
+Runs on the host, with the standard library alone, and changes nothing.
+"""
+
+from __future__ import annotations
+
+import calendar
+import csv
+import io
+import os
+import platform
+import pwd
+import re
+import shutil
+import socket
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ansible.module_utils.atlas_host import (
+    API_PORTS,
+    MONITORING_PORTS,
+    SLOTS,
+    Host,
+    changed_since_start,
+    fingerprint,
+    fingerprint_key,
+    get,
+    read_json,
+    run,
+    units,
+)
+from ansible.module_utils.canary import counters
+from ansible.module_utils.rotation import EVENT
+
+STATE = Path("/var/lib/atlas-deploy")
+MAP = Path("/etc/haproxy/slot.map")
+MAINTENANCE = "/etc/haproxy/maintenance.map"
+CERTIFICATE = "/etc/haproxy/tls/edge.pem"
+COUNTED = re.compile(r"^atlas_http_requests_total\{([^}]*)\} (\S+)$", re.MULTILINE)
+
+
+def debian() -> dict[str, str]:
+    """Return VERSION_ID and ID of the system."""
+    lines = Path("/etc/os-release").read_text().splitlines()
+    values = dict(line.split("=", 1) for line in lines if "=" in line)
+    return {"id": values.get("ID", "").strip('"'), "version": values.get("VERSION_ID", "").strip('"')}
+
+
+def memory() -> dict[str, int]:
+    """Return the memory of the host in MB: total and available, within the limit of its own control group if it has one."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    values = {name: int(rest.split()[0]) // 1024 for name, rest in (line.split(":", 1) for line in lines)}
+    total, available = values["MemTotal"], values["MemAvailable"]
+    for path, used in (
+        (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
+        (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes")),
+    ):
+        try:
+            limit = int(path.read_text()) >> 20
+            if limit < total:
+                total, available = limit, min(available, limit - (int(used.read_text()) >> 20))
+        except (OSError, ValueError):
+            continue
+    return {"total_mb": total, "available_mb": available}
+
+
+def listening() -> list[int]:
+    """Return the TCP ports that something listens on."""
+    ports = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        try:
+            rows = Path(table).read_text().splitlines()[1:]
+        except OSError:
+            continue
+        ports |= {int(row.split()[1].rsplit(":", 1)[1], 16) for row in rows if row.split()[3] == "0A"}
+    return sorted(ports)
+
+
+def balancer(path: str) -> dict[str, Any]:
+    """Return the balancer's state: the slot its file and its memory name, its servers, the deploy lease, and who is owed."""
+    found: dict[str, Any] = {
+        "installed": Path("/usr/sbin/haproxy").exists(),
+        "file": None,
+        "memory": None,
+        "servers": {},
+        "counters": {},
+        "maintenance": None,
+        "certificate_days": None,
+        "lease": read_json(STATE / "lease.json"),
+        "owed": read_json(STATE / "owed.json"),
+        "switched_by_deploy": any(entry.get("event") == "switched" for entry in Host().journal()),
+    }
+    if not found["installed"]:
+        return found
+    try:
+        rows = [line.split() for line in MAP.read_text().splitlines() if line.strip() and not line.startswith("#")]
+        found["file"] = dict(row[:2] for row in rows if len(row) >= 2).get("active")
+    except OSError:
+        found["file"] = None
+    try:
+        rows = [line.split() for line in ask(path, f"show map {MAP}").splitlines()]
+        found["memory"] = next((row[2] for row in rows if len(row) >= 3 and row[1] == "active"), None)
+        rows = [line.split(maxsplit=2) for line in ask(path, f"show map {MAINTENANCE}").splitlines()]
+        found["maintenance"] = next((row[2] for row in rows if len(row) == 3 and row[1] == "reason"), None)
+        ends = re.search(r"^notAfter: (.+) GMT$", ask(path, f"show ssl cert {CERTIFICATE}"), re.MULTILINE)
+        if ends:
+            left = calendar.timegm(time.strptime(ends[1], "%b %d %H:%M:%S %Y")) - time.time()
+            found["certificate_days"] = int(left // 86400)
+        shown = ask(path, "show stat")
+        found["counters"] = counters(shown, ask(path, "show table st_times"))
+        for row in csv.DictReader(io.StringIO(shown.removeprefix("# "))):
+            if row.get("type") == "2":
+                found["servers"][f"{row['pxname']}/{row['svname']}"] = row["status"]
+    except OSError as error:
+        found["error"] = f"its socket {path} does not answer ({error.strerror or error})"
+    return found
+
+
+def ask(path: str, command: str) -> str:
+    """Return the balancer's answer to *command* on its socket *path*."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+        client.settimeout(5)
+        client.connect(path)
+        client.sendall(command.encode() + b"\n")
+        chunks = []
+        while chunk := client.recv(65536):
+            chunks.append(chunk)
+    return b"".join(chunks).decode(errors="replace")
+
+
+def free_mb(path: Path) -> int:
+    """Return the free space in MB of the file system that holds *path*, or will."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free >> 20
+
+
+def compared(host: Host, number: int | None, params: Mapping[str, Any]) -> bool | None:
+    """Tell whether the deployment *number* has the wanted settings and credentials; None where there is nothing to compare."""
+    if number is None or params["settings"] is None:
+        return None
+    content = read_json(host.deployment(number) / "deployment.json")
+    credentials = {name: str(secret) for name, secret in (params["credentials"] or {}).items()}
+    mark = fingerprint(fingerprint_key(host.state), str(content.get("digest")), params["settings"], credentials)
+    return bool(content.get("fingerprint") == mark)
+
+
+def requests(slot: str) -> dict[str, int]:
+    """Return how many requests the API of *slot* has answered since it started, and how many with 5xx; probes left out."""
+    found = {"total": 0, "failed": 0}
+    for labels, count in COUNTED.findall(get(API_PORTS[slot], "/metrics").text):
+        values = dict(re.findall(r'(\w+)="([^"]*)"', labels))
+        if not values.get("endpoint", "").startswith(("health.", "metrics.")):
+            found["total"] += int(float(count))
+            found["failed"] += int(float(count)) if values.get("status", "").startswith("5") else 0
+    return found
+
+
+def texts(host: Host) -> dict[str, str]:
+    """Return number → settings.yaml of every deployment; there are no secrets in it."""
+    return {str(number): (host.deployment(number) / "settings.yaml").read_text() for number in host.deployments()}
+
+
+def facts(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Return everything about this host."""
+    host, entries = Host(), params["journal"]
+    journal = host.journal()
+    provisioned = Path("/etc/systemd/system/atlas-api@.service").exists()
+    names = [name for slot in SLOTS for name in units(slot)]
+    shown = host.show(names) if provisioned else {}
+    states = {
+        name: {
+            "state": shown[name].get("ActiveState"),
+            "restarts": int(shown[name].get("NRestarts") or 0),
+            "memory": int(shown[name]["MemoryCurrent"]) if shown[name].get("MemoryCurrent", "").isdigit() else None,
+        }
+        for name in names
+        if name in shown
+    }
+    ports = listening()
+    slot, slots = host.in_service(), host.slots()
+    number = slots[slot] if slot else None
+    running = [
+        name for name in SLOTS if shown and all(states.get(each, {}).get("state") == "active" for each in units(name))
+    ]
+    here = {name: shown[name] for name in units(slot) if name in shown} if slot else {}
+    ours = {
+        port: states.get(f"atlas-{service}@{name}.service", {}).get("state")
+        in ("active", "activating", "deactivating", "reloading")
+        for service, table in (("api", API_PORTS), ("monitoring", MONITORING_PORTS))
+        for name, port in table.items()
+    }
+    ready = get(API_PORTS[slot], "/readyz") if slot else None
+    try:
+        pwd.getpwnam("atlas")
+        user = True
+    except KeyError:
+        user = False
+    return {
+        "provisioned": provisioned and user,
+        "slot": slot,
+        "slots": slots,
+        "running": running,
+        "warm": {name: host.warm_until(name) for name in running if name != slot},
+        "stale_units": changed_since_start(here),
+        "digest": read_json(host.deployment(number) / "deployment.json").get("digest") if number else None,
+        "as_inventory": compared(host, number, params),
+        "settings": texts(host) if params["texts"] else {},
+        "deployments": {
+            str(each): {**content, "revoked": (host.deployment(each) / "credentials.revoked").exists()}
+            for each, content in host.deployments().items()
+        },
+        "releases": host.releases(),
+        "good": host.good(),
+        "highest": host.highest(),
+        "transaction": host.transaction(),
+        "units": states,
+        "ready": {"status": ready.status, "release": ready.headers.get("x-atlas-release"), "body": ready.body}
+        if ready
+        else None,
+        "requests": requests(slot) if slot else None,
+        "journal": journal[-entries:] if entries else [],
+        "rotations": [entry for entry in journal if entry.get("event") == EVENT],
+        "first_entry": journal[0]["at"] if journal else None,
+        "edge": balancer(params["socket"]),
+        "disk": {"opt_mb": free_mb(Path("/opt/atlas")), "var_mb": free_mb(Path("/var/lib/atlas"))},
+        "memory": memory(),
+        "debian": debian(),
+        "python": ".".join(platform.python_version_tuple()[:2]),
+        "postgresql": Path("/usr/lib/postgresql").is_dir()
+        and run(["systemctl", "is-active", "--quiet", "postgresql"]).status == 0,
+        "ports": ports,
+        "foreign_ports": [port for port, is_ours in ours.items() if port in ports and not is_ours],
+        "kernel": os.uname().release,
+        "clock": time.time(),
+    }
