@@ -288,7 +288,7 @@ def test_lists_are_narrowed(documents: Documents, monkeypatch: pytest.MonkeyPatc
 
 
 def test_counting_stops_at_a_limit(documents: Documents, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("atlas.documents.TOTAL_MOST", 3)
+    monkeypatch.setattr("atlas.db.TOTAL_MOST", 3)
     monkeypatch.setattr("atlas.search.WINDOW", 4)
     ids = [documents.submit(plain(f"word {n}")).id for n in range(5)]
     process(documents)

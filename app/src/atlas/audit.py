@@ -13,7 +13,7 @@ from typing import Any
 
 from sqlalchemy import Connection, delete, func, insert, select
 
-from atlas.db import Database, rfc3339
+from atlas.db import Database, rfc3339, total
 from atlas.queue import DAY_MS
 from atlas.schema import audit
 
@@ -63,7 +63,7 @@ def records(
     since: int | None = None,
     until: int | None = None,
 ) -> tuple[list[dict[str, Any]], int]:
-    """Records that match, newest first, and how many do in all.
+    """Records that match, newest first, and how many do (see db.total).
 
     `filters` are values for names of FILTERS; `since` and `until` are in milliseconds; `before` the last id of a page.
     """
@@ -72,9 +72,9 @@ def records(
     wanted += [] if until is None else [audit.c.at < until]
     page = select(*_SHOWN).where(*wanted).order_by(audit.c.id.desc()).limit(limit)
     with database.read() as connection:
-        total = connection.scalar(select(func.count()).select_from(audit).where(*wanted)) or 0
+        matching = total(connection, select(audit.c.id).where(*wanted))
         found = connection.execute(page if before is None else page.where(audit.c.id < before)).mappings()
-        return [dict(row) for row in found], total
+        return [dict(row) for row in found], matching
 
 
 def shown(entry: Mapping[str, Any]) -> dict[str, Any]:

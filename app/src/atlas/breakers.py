@@ -16,7 +16,7 @@ from typing import Any
 import structlog
 from sqlalchemy import Connection, Text, case, delete, func, select, text
 
-from atlas.db import Database, rfc3339, rows
+from atlas.db import Database, rfc3339, rows, total
 from atlas.schema import hosts
 
 FAULTS = frozenset({"timeout", "network", "dns", "server_error"})
@@ -179,14 +179,14 @@ def states(database: Database, connection: Connection) -> dict[str, int]:
 def listed(
     database: Database, state: str | None = None, limit: int = 50, after: str | None = None
 ) -> tuple[list[Host], int]:
-    """Hosts by name and how many there are in all; `after` continues after a page's last name."""
+    """Hosts by name and how many there are (see db.total); `after` continues after a page's last name."""
     wanted = [] if state is None else [hosts.c.state == state]
     page = select(*_COLUMNS).where(*wanted).order_by(hosts.c.name).limit(limit)
     with database.read() as connection:
-        total = connection.scalar(select(func.count()).select_from(hosts).where(*wanted)) or 0
+        known = total(connection, select(hosts.c.name).where(*wanted))
         found = connection.execute(page if after is None else page.where(hosts.c.name > after))
         now = database.now(connection)
-        return [Host(*row).at(now) for row in found], total
+        return [Host(*row).at(now) for row in found], known
 
 
 def reset(database: Database, connection: Connection, name: str) -> bool:

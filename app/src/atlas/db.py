@@ -23,6 +23,7 @@ from sqlalchemy import (
     ColumnElement,
     Connection,
     Engine,
+    Select,
     Subquery,
     Table,
     Text,
@@ -30,6 +31,7 @@ from sqlalchemy import (
     cast,
     create_engine,
     event,
+    func,
     inspect,
     literal_column,
     make_url,
@@ -53,6 +55,7 @@ BELL_SECONDS = 0.02
 WRITER_SECONDS = 30.0
 # Connections of a process besides those of its threads: heartbeat, counting, one look within another.
 SPARE = 3
+TOTAL_MOST = 10_000
 PG_NOW = "(extract(epoch from statement_timestamp()) * 1000)::bigint"
 
 
@@ -271,6 +274,12 @@ _POSTGRESQL = postgresql_dialect.dialect()  # type: ignore[no-untyped-call]
 
 
 @functools.cache
+def total(connection: Connection, matching: Select[Any]) -> int:
+    """How many rows match, as the lists of the API say it: counting stops at TOTAL_MOST, however many there are."""
+    counted = matching.limit(TOTAL_MOST).subquery()
+    return int(connection.scalar(select(func.count()).select_from(counted)) or 0)
+
+
 def _insert_statement(dialect: str, table: Table, names: tuple[str, ...], ending: str) -> str:
     values = [f"r.value ->> {position}" for position in range(len(names))]
     source = "json_each(?) AS r"

@@ -17,7 +17,7 @@ from sqlalchemy import ColumnElement, Connection, and_, bindparam, case, delete,
 
 from atlas import counts
 from atlas.crypto import Keyring
-from atlas.db import Database, rfc3339
+from atlas.db import Database, rfc3339, total
 from atlas.group import GroupCommit
 from atlas.queue import DAY_MS, NewJob, Queue, Result, clean, in_state, remove, remove_documents
 from atlas.schema import PRIORITIES, document_tags, documents, idempotency_keys, job_events, jobs
@@ -31,7 +31,6 @@ SHARES = {PRIORITIES["high"]: 1.0, PRIORITIES["normal"]: 0.95, PRIORITIES["low"]
 COUNT_SECONDS = 0.5
 GROUP_ROWS = 1000
 FEW = 10_000
-TOTAL_MOST = 10_000
 _ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # pragma: allowlist secret
 _PRIORITY_NAMES = {value: name for name, value in PRIORITIES.items()}
 _PAIRS = [first + second for first in _ALPHABET for second in _ALPHABET]
@@ -475,8 +474,8 @@ class Documents:
                 query = query.where(order < _position(cursor))
             rows = connection.execute(query.limit(limit + 1)).all()
             counted = select(documents.c.id).select_from(source if wanted else documents).where(*wanted)
-            total = connection.scalar(select(func.count()).select_from(counted.limit(TOTAL_MOST).subquery())) or 0
-        return Page(_build(rows[:limit]), total, str(rows[limit - 1].seq) if len(rows) > limit else None)
+            found = total(connection, counted)
+        return Page(_build(rows[:limit]), found, str(rows[limit - 1].seq) if len(rows) > limit else None)
 
     def search(self, query: str, limit: int = 20, cursor: str | None = None, *, tag: str | None = None) -> Page:
         """Documents that match, best first, each with its rank and a snippet (matches between `**`), without text.

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from sqlalchemy import Connection, case, delete, func, select, update
 
 from atlas import counts
-from atlas.db import rfc3339
+from atlas.db import rfc3339, total
 from atlas.documents import Documents, InvalidDocument, Submission, checked_url, new_id
 from atlas.extract import Entry
 from atlas.queue import NewJob, Result, clean
@@ -109,13 +109,13 @@ class Feeds:
         return columns
 
     def list(self, limit: int = 50, cursor: int | None = None) -> tuple[Sequence[dict[str, Any]], int, str | None]:
-        """Feeds, newest first; how many there are; and the cursor of the following page."""
+        """Feeds, newest first; how many there are (see db.total); and the cursor of the following page."""
         query = select(*_SHOWN).select_from(_FEED_JOB).order_by(feeds.c.seq.desc()).limit(limit + 1)
         with self.database.read() as connection:
-            total = connection.scalar(select(func.count()).select_from(feeds)) or 0
+            known = total(connection, select(feeds.c.seq))
             rows = connection.execute(query if cursor is None else query.where(feeds.c.seq < cursor)).all()
         following = str(rows[limit - 1].seq) if len(rows) > limit else None
-        return [_shown(row) for row in rows[:limit]], total, following
+        return [_shown(row) for row in rows[:limit]], known, following
 
     def get(self, feed_id: str) -> dict[str, Any] | None:
         with self.database.read() as connection:

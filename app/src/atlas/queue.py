@@ -36,7 +36,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import SQLAlchemyError
 
 from atlas import breakers, counts
-from atlas.db import Database, rfc3339, rows
+from atlas.db import Database, rfc3339, rows, total
 from atlas.schema import ANYONE, LANE, PRIORITIES, deployments, documents, hosts, job_events, jobs
 from atlas.settings import RETRIES, Retry
 
@@ -609,17 +609,17 @@ class Queue:
         return found[0] if found else None
 
     def find(self, which: Which, limit: int = 50, before: int | None = None) -> tuple[list[dict[str, Any]], int]:
-        """Jobs with their events, newest id first, and how many match; `before` continues after a page's last id."""
+        """Jobs with their events, newest id first, and how many match (db.total); `before` is a page's last id."""
         wanted = which.conditions()
         page = select(jobs).where(*wanted).order_by(jobs.c.id.desc()).limit(limit)
         with self.database.read() as connection:
-            total = connection.scalar(select(func.count()).select_from(jobs).where(*wanted)) or 0
+            matching = total(connection, select(jobs.c.id).where(*wanted))
             shown = connection.execute(page if before is None else page.where(jobs.c.id < before)).mappings()
             found = {row["id"]: dict(row) | {"events": []} for row in shown}
             events = select(job_events).where(job_events.c.job_id.in_(found)).order_by(job_events.c.id)
             for event in connection.execute(events).mappings():
                 found[event["job_id"]]["events"].append(dict(event))
-        return list(found.values()), total
+        return list(found.values()), matching
 
     def requeue(self, which: Which, note: Note | None = None, limit: int = 1000) -> list[int]:
         """Make dead jobs ready again with all their attempts, at most `limit`: their ids.
