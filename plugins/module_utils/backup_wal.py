@@ -52,14 +52,21 @@ class Wal:
         return done.output.splitlines()[0].split("\t") if done.output.strip() else []
 
     def bases(self) -> dict[str, float]:
-        """Base backups that are whole: id -> when each ended."""
-        answer = json.loads(self.barman("listing base backups", "-f", "json", "list-backup", SERVER) or "{}")
-        listed = answer.get(SERVER) or []
+        """Base backups that are whole, with the log that each needs: id -> when each ended."""
+        listed = self._listed()
+        waiting = [item["backup_id"] for item in listed if item.get("status") == "WAITING_FOR_WALS"]
+        for name in waiting:
+            # Barman notices that the log of a base backup has arrived only when it is told to look.
+            self.barman(f"checking base backup {name}", "check-backup", SERVER, name)
         return {
             item["backup_id"]: float(item["end_time_timestamp"])
-            for item in listed
+            for item in (self._listed() if waiting else listed)
             if item.get("status") == "DONE" and item.get("end_time_timestamp")
         }
+
+    def _listed(self) -> list[dict[str, Any]]:
+        answer = json.loads(self.barman("listing base backups", "-f", "json", "list-backup", SERVER) or "{}")
+        return list(answer.get(SERVER) or [])
 
     def base_backup(self, at_once: bool) -> None:
         """Make a base backup, which needs a log that flows: so see to that first.
@@ -103,7 +110,10 @@ class Wal:
             if time.monotonic() > deadline:
                 raise BackupError(f"Barman does not archive segment {segment}. See: barman check {SERVER}")
             time.sleep(0.2)
-        return {"restore_point": name, "lsn": lsn, "marked_at": float(at), "arrived_at": arrived}
+        timeline = int(segment[:8], 16)
+        return {
+            "restore_point": name, "timeline": timeline, "lsn": lsn, "marked_at": float(at), "arrived_at": arrived
+        }  # fmt: skip
 
     def _has(self, segment: str) -> bool:
         return (self.home / "streaming" / segment).exists() or (self.home / "wals" / segment[:16] / segment).exists()
@@ -126,9 +136,14 @@ class Wal:
         return {"rpo_seconds": round(age, 2), "behind_bytes": behind}
 
     def recover(self, base: str, target: Path, to: Mapping[str, Any]) -> None:
-        """Lay out the cluster of a base backup in *target*, to be brought to a restore point (name), a time, or the end."""
+        """Lay out the cluster of a base backup in *target*, to be brought to a restore point, a time, or the end.
+
+        *to*: ``name`` and ``timeline`` of a restore point, or ``time`` (Unix), or nothing. Each restore begins another
+        timeline, and Barman takes the log of the base backup's own alone unless it is told.
+        """
         self.barman("putting the log in order", "archive-wal", SERVER)
-        options = ["--target-action", "promote"] if to else []
+        options = ["--target-tli", str(to.get("timeline", "latest"))]
+        options += ["--target-action", "promote"] if to else []
         if "name" in to:
             options += ["--target-name", str(to["name"])]
         elif "time" in to:

@@ -208,11 +208,15 @@ def serves(fact: Mapping[str, Any]) -> bool:
 def undo(fleet: Fleet, interrupted: bool) -> dict[str, Any]:
     """Return what a deploy that did not end needs, and edges or hosts that are not where they belong.
 
-    *hosts*: all that need a look, also those that an edge had drained before anything changed on them. *forward*: the
-    deploy was past the point of no return there. *traffic_to*: the slot that the edges have to name, where one does not.
+    *hosts*: all that need a look, also those that an edge had drained before anything changed on them; who serves comes
+    last, since it leaves the rotation for it, and others have to be back by then. *forward*: the deploy was past the
+    point of no return there. *traffic_to*: the slot that the edges have to name, where one does not.
     """
     drained = fleet.out_of_rotation() - fleet.owed.keys()
-    hosts = [host for host in fleet.hosts if host in fleet.open_on or host in drained]
+    hosts = sorted(
+        (host for host in fleet.hosts if host in fleet.open_on or host in drained),
+        key=lambda host: (host not in drained and serves(fleet.facts[host]), host in fleet.open_on),
+    )
     astray = fleet.astray()
     return {
         "needed": interrupted or bool(hosts) or bool(astray),
@@ -624,7 +628,8 @@ def play_hosts(
         "finish": hosts if go else [],
         "finish_edges": edges if go else [],
         "undo_edges": edges if failed and touched and not rolling and not is_first else [],
-        "undo_hosts": list(touched) if failed else [],
+        # The last one first: it is out of rotation, and those before it serve until it is back.
+        "undo_hosts": list(reversed(touched)) if failed else [],
         "undo_lead": lead if failed and not is_first else [],
         # One after the other where the slot in service was touched.
         "undo_serial": everyone if rolling or cleanup["interrupted"] else [],

@@ -341,6 +341,18 @@ def test_a_host_that_was_drained_but_not_changed_comes_back_too() -> None:
     assert plan["undo"]["hosts"] == ["app2"]
 
 
+@pytest.mark.parametrize("away", ["drained", "stopped"])
+def test_who_serves_is_drained_last(away: str) -> None:
+    """The first host serves the new deployment, the second is out of rotation: it has to be back before the first leaves."""
+    first = app(number=5, good=[4], transaction=killed("blue", "blue"))
+    second, servers = app(), {"be_blue/app2": "DRAIN"}
+    if away == "stopped":
+        second = app(ready=None, transaction=killed("blue", "blue"))
+        servers = {}
+    plan = decide(fleet(app1=first, app2=second, edge1=edge(lease=LEASE, servers=servers)), dead=True)
+    assert plan["undo"]["hosts"] == ["app2", "app1"]
+
+
 def test_a_host_that_an_edge_keeps_out_is_brought_back_although_its_content_is_right() -> None:
     servers = {"be_blue/app2": "MAINT", "be_green/app1": "MAINT"}
     plan = decide(settled(edge1=edge(servers=servers)))
@@ -532,8 +544,8 @@ def failure(phase: str, host: str = "app1") -> dict[str, Any]:
         ("lock", [], [], []),
         ("stage", [], [], []),
         ("migrate", [], [], ["app2"]),
-        ("switch", ["edge1"], ["app1", "app2"], ["app2"]),
-        ("verify", ["edge1"], ["app1", "app2"], ["app2"]),
+        ("switch", ["edge1"], ["app2", "app1"], ["app2"]),
+        ("verify", ["edge1"], ["app2", "app1"], ["app2"]),
         ("finish", [], [], []),
     ],
 )

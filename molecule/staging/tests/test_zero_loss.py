@@ -144,6 +144,14 @@ class Campaign:
         return found
 
 
+@pytest.fixture(autouse=True)
+def left_as_found(lab: Lab) -> Iterator[None]:
+    """Leave the release in service that the checks after this one expect."""
+    yield
+    if releases_in_service(lab) != {release_id(archive("plain"))}:
+        deploy(lab, "plain", "rolling").succeeded()
+
+
 def interruptions() -> dict[int, list[str]]:
     """Return deploy → what cuts off the attempts before it: evenly from the third on, so that each strategy was seen once."""
     kinds = ["kill"] * KILLS + ACCIDENTS
