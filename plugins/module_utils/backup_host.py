@@ -326,8 +326,10 @@ class Backups:
         manifest = read_json(scratch / "source" / "manifest.json")
         if self.wal is not None:
             exact = label is not None or (at is None and not newest)
-            point_in_log = {"name": manifest["restore_point"], "timeline": manifest.get("timeline", "latest")}
-            target = point_in_log if exact else {"time": at} if at is not None else {}
+            target = {"name": manifest["restore_point"]} if exact else {"time": at} if at is not None else {}
+            if target:
+                # What was in service then; whatever was restored since goes on from somewhere else.
+                target["timeline"] = manifest.get("timeline", "latest")
             base = core.choose_base(self.wal.bases(), manifest["marked_at"] if exact else at)
             self.wal.recover(base, scratch / "pgdata", target)
             restored_to = target.get("name") or (core.rfc3339(at) if at else "the end of the log")

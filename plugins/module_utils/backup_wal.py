@@ -138,8 +138,8 @@ class Wal:
     def recover(self, base: str, target: Path, to: Mapping[str, Any]) -> None:
         """Lay out the cluster of a base backup in *target*, to be brought to a restore point, a time, or the end.
 
-        *to*: ``name`` and ``timeline`` of a restore point, or ``time`` (Unix), or nothing. Each restore begins another
-        timeline, and Barman takes the log of the base backup's own alone unless it is told.
+        *to*: the ``name`` of a restore point or a ``time`` (Unix), each with its ``timeline``, or nothing. Each restore
+        begins another timeline, and Barman takes the log of the base backup's own alone unless it is told.
         """
         self.barman("putting the log in order", "archive-wal", SERVER)
         options = ["--target-tli", str(to.get("timeline", "latest"))]
