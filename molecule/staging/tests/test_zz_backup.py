@@ -76,6 +76,9 @@ def test_a_lost_database_loses_nothing_whose_log_had_arrived(
     wanted = sql(lab, DATABASE, "SELECT pg_current_wal_lsn()")
     arrived = f"SELECT count(*) FROM pg_stat_replication WHERE write_lsn >= '{wanted}'"
     wait_for(lambda: sql(lab, DATABASE, arrived) == "1", 60, "the log arrives in the promised time")
+    # As if the base backup after the last restore had failed: an older one has to do, and the log of two timelines.
+    newest = f"cd {REPOSITORY}/barman/atlas/base && sed -i s/^status=.*/status=FAILED/ $(ls | tail -n 1)/backup.info"
+    assert lab.ssh(BACKUP, newest).returncode == 0
     lab.ssh(DATABASE, "systemctl kill -s KILL 'postgresql@*'; rm -rf /var/lib/postgresql/*/main")
     done = lab.playbook("restore", "-e", "confirm=staging")
     assert done.returncode == 0, done.stdout + done.stderr
