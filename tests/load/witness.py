@@ -43,15 +43,18 @@ def look():
 
 shown, due = None, 0.0
 while True:
+    line = ""
     try:
         lines = ask("/run/haproxy/admin.sock", "show map /etc/haproxy/slot.map").split("\\n")
         value = next((fields[2] for fields in map(str.split, lines) if fields[1:2] == ["active"]), "")
         if value != shown or time.monotonic() >= due:
             at = time.time()
-            print(json.dumps({{"at": at, "map": value, "counters": look()}}), flush=True)
+            line = json.dumps({{"at": at, "map": value, "counters": look()}})
             shown, due = value, time.monotonic() + {REPORT_SECONDS}
     except (OSError, TypeError, KeyError, ValueError):
         pass  # a reload has just taken the socket away
+    if line:
+        print(line, flush=True)  # whoever listened is gone: this ends it
     time.sleep({POLL_SECONDS})
 """
 
