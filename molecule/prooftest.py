@@ -234,7 +234,9 @@ HEALTH_GATED = {
         ("queue_limit",),
     ),
     "wrong signature": Bad("signed by a stranger", (), ("sign",)),
-    "incompatible schema": Bad("foreign_schema", (), ("schema", "8001")),
+    "incompatible schema": Bad(
+        "foreign_schema", (), ("Nothing was changed. Preflight found", "the histories have parted", "8001")
+    ),
     "a migration that fails half-way": Bad("migration_fails", (), ("no_such_column",)),
 }
 """Every kind that is found before a user meets it."""

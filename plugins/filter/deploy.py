@@ -105,10 +105,11 @@ def plan(
     schema: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return :func:`deploy_plan.plan` for this controller and moment. *schema*: result of ``db status``, if it was asked."""
-    known = {**options, "applied": {}, "schema_error": ""}
+    known = {**options, "applied": {}, "schema_current": None, "schema_error": ""}
     if not schema.get("skipped"):
         try:
-            known["applied"] = json.loads(schema["outputs"][0]).get("applied", {})
+            told = json.loads(schema["outputs"][0])
+            known |= {"applied": told.get("applied", {}), "schema_current": told.get("current")}
         except (KeyError, IndexError, ValueError):
             known["schema_error"] = str(schema.get("msg", "no answer")).strip()
     return deploy_plan.plan(facts, file, known, controller(), is_dead, time.time())

@@ -372,7 +372,8 @@ def asks_schema(facts: Facts, release: Mapping[str, Any], options: Options) -> d
 
     Nothing where the answer cannot matter.
 
-    It matters for a release that lacks a revision which some deployment on the hosts has, and before contract revisions.
+    It matters for a release that lacks a revision which some deployment on the hosts has, for one that brings revisions
+    (the database may have some that no deployment left on the hosts knows), and before contract revisions.
     """
     fleet = Fleet(facts, options)
     if fleet.number is None or release.get("error"):
@@ -386,15 +387,22 @@ def asks_schema(facts: Facts, release: Mapping[str, Any], options: Options) -> d
     theirs: set[str] = set()
     for content in retained(fleet).values():
         theirs |= set((content.get("schema") or {}).get("revisions", []))
-    if not options["contract"] and not theirs - mine:
+    serving = set((retained(fleet).get(fleet.number, {}).get("schema") or {}).get("revisions", []))
+    brings = bool(mine - serving) and not options.get("rollback")
+    if not options["contract"] and not brings and not theirs - mine:
         return {}
     host = next(host for host, number in fleet.current.items() if number == fleet.number)
     return {"host": host, "slot": fleet.slot[host], "number": fleet.number}
 
 
 def schema_findings(result: Mapping[str, Any], fleet: Fleet, options: Options) -> list[str]:
-    """Return why the schema forbids the plan *result*; ``options.applied`` has revision → phase, if it was asked for."""
+    """Return why the schema forbids the plan *result*.
+
+    ``options.applied`` has revision → phase and ``options.schema_current`` the revision that the database is at, if it was
+    asked for.
+    """
     applied: Mapping[str, str] = options.get("applied") or {}
+    at = options.get("schema_current")
     release = result["release"]
     mine = (release.get("schema") or {}).get("revisions", [])
     if options.get("schema_error"):
@@ -405,6 +413,15 @@ def schema_findings(result: Mapping[str, Any], fleet: Fleet, options: Options) -
         found.append(
             f"Release {release['id']} cannot serve on the database: it does not know the contract revision {', '.join(gap)}, "
             "which took away what it needs. Deploy a release that has it."
+        )
+    # Without a list of what was applied, the revision that the database is at has to do.
+    unknown = [revision for revision in (applied or ([at] if at else [])) if revision not in mine]
+    lacks = [revision for revision in mine if revision not in applied]
+    if unknown and lacks and not gap and result["mode"] != "rollback":
+        found.append(
+            f"Release {release['id']} does not fit the schema of the database, which is at {at or unknown[-1]}: the histories "
+            f"have parted. The database has {', '.join(unknown)}, which the release does not know, and lacks "
+            f"{', '.join(lacks)}. Build the release from sources that have both, or deploy one that has {', '.join(unknown)}."
         )
     if not options["contract"]:
         return found

@@ -489,6 +489,18 @@ def test_the_database_is_asked_only_where_its_answer_matters() -> None:
     asked = {"host": "app1", "slot": "blue", "number": 4}
     assert deploy_plan.asks_schema(fleet(app2=newer), RELEASE, options()) == asked
     assert deploy_plan.asks_schema(fleet(), RELEASE, options(contract=True)) == asked
+    assert deploy_plan.asks_schema(fleet(), RELEASE | {"schema": NEWER}, options()) == asked, "it will be migrated"
+
+
+@pytest.mark.parametrize("known", [{"applied": {"0001": "expand", "0002": "expand"}}, {"schema_current": "0002"}])
+def test_a_release_of_another_history_is_refused_before_anything_is_touched(known: dict[str, Any]) -> None:
+    foreign = RELEASE | {"schema": {"head": "8001", "revisions": ["0001", "8001"]}}
+    (finding,) = decide(fleet(), release=foreign, **known)["findings"]
+    assert finding.startswith("Release 1.0-abc does not fit the schema of the database, which is at 0002")
+    assert "0002, which the release does not know" in finding and "8001" in finding
+    older = RELEASE | {"schema": {"head": "0001", "revisions": ["0001"]}}
+    assert decide(fleet(), release=older, applied={"0001": "expand", "0002": "expand"})["findings"] == []
+    assert decide(fleet(), release=RELEASE | {"schema": NEWER}, **known)["findings"] == []
 
 
 def test_a_release_older_than_what_the_database_needs_is_refused() -> None:
