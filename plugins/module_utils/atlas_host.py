@@ -440,10 +440,16 @@ class Host:
     def prune(self, keep: int, dry: bool = False) -> list[str]:
         """Remove deployments beyond the newest *keep* good ones, and releases that no deployment needs; return what went.
 
-        What a slot points at, the last good deployment, and what a rollback has just left always stay.
+        The last good deployment, what a rollback has just left, and what a slot points at always stay; but a slot that is
+        neither in service nor runs keeps none that is older than those, or deploys within one slot would keep it for ever.
         """
         good = self.good()
-        kept = {*good[-max(keep, 2) :], *self.slots().values(), self.abandoned()}
+        kept = {*good[-max(keep, 2) :], self.abandoned()}
+        for slot, number in self.slots().items():
+            if number in kept or slot == self.in_service() or self.active(slot):
+                kept.add(number)
+            elif number is not None and not dry:
+                self.point(slot, None)
         gone = [f"deployments/{number}" for number in self.deployments() if number not in kept]
         needed = {str(content.get("release")) for number, content in self.deployments().items() if number in kept}
         gone += [f"releases/{release}" for release in self.releases() if release not in needed]

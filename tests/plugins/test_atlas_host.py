@@ -128,6 +128,24 @@ def test_pruning_never_takes_what_a_rollback_needs(host: Host) -> None:
     assert host.releases() == ["1.0-4", "1.0-6"]
 
 
+def test_a_slot_that_does_not_run_keeps_no_deployment_for_ever(host: Host) -> None:
+    for number in range(1, 5):
+        deployed(host, number)
+        host.record("finished", deployment=number)
+    host.point("blue", 4)
+    host.enable("blue")
+    host.point("green", 1)
+    host.start("green")
+    host.prune(keep=2)
+    assert host.slots() == {"blue": 4, "green": 1}, "it runs"
+    host.stop("green", 5)
+    host.prune(keep=2)
+    assert host.slots() == {"blue": 4, "green": None} and list(host.deployments()) == [3, 4]
+    host.point("green", 3)
+    host.prune(keep=2)
+    assert host.slots() == {"blue": 4, "green": 3}
+
+
 def test_a_finished_deployment_serves_and_boots_and_the_old_one_stops(host: Host, healthy: None) -> None:
     serving(host, "blue", 1)
     deployed(host, 2)
