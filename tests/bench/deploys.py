@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import json
+import math
 import os
 import shutil
 import statistics
@@ -22,11 +23,16 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "molecule"))
 
+import ansible.module_utils
 import yaml
 from labtest import PROJECT, SERVICES, Lab, slot_in_service
 from prooftest import Step, archive, play, roll_back
 
 from tests.load.witness import Witness
+
+ansible.module_utils.__path__.append(str(PROJECT / "plugins" / "module_utils"))
+
+from ansible.module_utils.deploy_plan import batch  # noqa: E402
 
 LAB = "test-bench"
 CACHE = PROJECT / ".cache" / "bench-plain"
@@ -59,10 +65,13 @@ def gates() -> dict[str, Any]:
 def waits(rolling: bool, hosts: int, settings: Mapping[str, Any]) -> float:
     """Return the seconds that a deploy waits on purpose: for services to stay healthy, and while it watches them in traffic.
 
-    A rolling deploy waits for health on each host, a blue/green one on all of them at once.
+    A rolling deploy waits for health on the first host and then on each batch of the others, a blue/green one on all at once.
     """
-    healthy = settings["deploy_minimum_healthy_seconds"] * (hosts if rolling else 1)
-    return float(healthy + sum(step["seconds"] for step in settings["deploy_canary_steps"]))
+    at_once = batch(hosts, {"capacity_percent": settings["deploy_minimum_capacity"]})
+    times = 1 + math.ceil((hosts - 1) / at_once) if rolling else 1
+    return float(
+        times * settings["deploy_minimum_healthy_seconds"] + sum(s["seconds"] for s in settings["deploy_canary_steps"])
+    )
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -182,6 +191,7 @@ class Bench:
                 target=plain / share,
                 note=f"and {waited:.0f} s of gates that wait",
             )
+            self.add(f"{strategy} / the plain role", (taken - waited) / plain, "", 1 / share, "without waits")
             further = (taken - waited - few[strategy] + waits(rolling, FEW, gates())) / (MANY - FEW)
             self.add(f"{strategy}, each further host", further, target=each, note="without waits")
         switches = [one["switches"] for one in map(self._report, steps)]

@@ -18,9 +18,10 @@ PROJECT = Path(__file__).resolve().parents[2]
 def test_waits_are_those_of_the_gates() -> None:
     settings = {
         "deploy_minimum_healthy_seconds": 3,
+        "deploy_minimum_capacity": 60,
         "deploy_canary_steps": [{"seconds": 4, "percent": 5}, {"seconds": 5, "percent": 100}],
     }
-    assert waits(rolling=True, hosts=6, settings=settings) == 6 * 3 + 9
+    assert waits(rolling=True, hosts=6, settings=settings) == 4 * 3 + 9, "the first, and then two at a time"
     assert waits(rolling=False, hosts=6, settings=settings) == 3 + 9
 
 
