@@ -122,22 +122,35 @@ def play(hostvars: Mapping[str, Mapping[str, Any]] | None, name: str) -> list[st
     """
     if hostvars is None:
         return ["all"]
-    everyone = {host: hostvars[host] for host in hostvars}
-    plans = [variables["__deploy_plan"] for variables in everyone.values() if "__deploy_plan" in variables]
-    if not plans:
+    plan_ = _plan(hostvars)
+    if plan_ is None:
         return []
+    everyone = _takers(hostvars, plan_)
     failures = [variables["__deploy_failure"] for variables in everyone.values() if "__deploy_failure" in variables]
-    touched = [host for host in plans[0]["hosts"] if _touched(everyone.get(host, {}))]
-    return deploy_plan.play_hosts(name, plans[0], failures, touched)
+    touched = [host for host in plan_["hosts"] if _touched(everyone[host])]
+    return deploy_plan.play_hosts(name, plan_, failures, touched)
+
+
+def _plan(hostvars: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Return the plan of this deploy, if it has one by now. All hosts have the same: to look at one of them takes less long."""
+    found = (variables for host in hostvars if "__deploy_plan" in (variables := hostvars[host]))
+    return next((dict(variables["__deploy_plan"]) for variables in found), None)
+
+
+def _takers(hostvars: Mapping[str, Mapping[str, Any]], plan_: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Return the variables of the hosts that *plan_* knows."""
+    return {host: hostvars[host] for host in dict.fromkeys([*plan_["edges"], *plan_["hosts"], *plan_["reached"]])}
 
 
 def hook_events(hostvars: Mapping[str, Mapping[str, Any]] | None, events: Sequence[str]) -> list[str]:
     """Return those of *events* that are due and have hooks, by the plan and what failed so far; none without a plan."""
-    known = hostvars or {}
-    everyone = [known[host] for host in known]
-    plans = [variables["__deploy_plan"] for variables in everyone if "__deploy_plan" in variables]
+    plan_ = _plan(hostvars or {})
+    # Few have hooks.
+    if hostvars is None or plan_ is None or not plan_["hooks"]:
+        return []
+    everyone = _takers(hostvars, plan_).values()
     failures = [variables["__deploy_failure"] for variables in everyone if "__deploy_failure" in variables]
-    return deploy_plan.hook_events(events, plans[0], failures) if plans else []
+    return deploy_plan.hook_events(events, plan_, failures)
 
 
 def hooks_play(hostvars: Mapping[str, Mapping[str, Any]] | None, events: Sequence[str]) -> list[str]:
@@ -163,8 +176,8 @@ def all_well(hostvars: Mapping[str, Mapping[str, Any]], hosts: Sequence[str], na
 
 def batch(hostvars: Mapping[str, Mapping[str, Any]] | None) -> int:
     """Return how many hosts a rolling deploy takes at a time."""
-    plans = [variables.get("__deploy_plan") for variables in dict(hostvars or {}).values()]
-    return next((int(plan_["batch"]) for plan_ in plans if plan_), 1)
+    plan_ = _plan(hostvars or {})
+    return int(plan_["batch"]) if plan_ else 1
 
 
 def verdict(

@@ -640,7 +640,9 @@ def play_hosts(
         else [],
         "switch_rolling": (hosts[1:] if watched else hosts) if go and rolling else [],
         "switch_start": hosts if go and not rolling else [],
-        "switch_traffic": everyone if go and not rolling else [],
+        # A warm slot has been under the edges' health checks all the time.
+        "switch_traffic": everyone if go and not rolling and (not plan_["warm"] or plan_["missing"]) else [],
+        "switch_pointer": edges if go and not rolling else [],
         "verify": everyone if go else [],
         "finish": hosts if go else [],
         "finish_edges": edges if go else [],

@@ -19,6 +19,8 @@ PLAN: dict[str, Any] = {
     "first": False,
     "renew": [],
     "batch": 2,
+    "warm": False,
+    "missing": [],
     "number": 7,
     "old_number": 6,
     "undo": {"traffic_to": None, "hosts": [], "interrupted": False, "number": 6},

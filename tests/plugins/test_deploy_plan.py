@@ -432,8 +432,13 @@ def test_a_warm_slot_is_one_switch_away_whatever_the_strategy() -> None:
     warm = history(3, 4, slots={"blue": 4, "green": 3}, running=["blue", "green"])
     plan = rollback(fleet(app1=warm, app2=copy.deepcopy(warm)))
     assert (plan["warm"], plan["rolling"], plan["slot"], plan["number"]) == (True, False, "green", 3)
+    assert deploy_plan.play_hosts("switch_traffic", plan, [], []) == [], "nothing stands between the lock and the switch"
+    assert deploy_plan.play_hosts("switch_pointer", plan, [], []) == ["edge1"]
     cold = rollback(fleet(app1=warm, app2=copy.deepcopy(warm) | {"running": ["blue"]}), strategy="blue_green")
     assert (cold["warm"], cold["rolling"], cold["slot"]) == (False, False, "green")
+    assert deploy_plan.play_hosts("switch_traffic", cold, [], []) == ["edge1", "app1", "app2"]
+    short = rollback(fleet(app1=warm, app2=app()), 3, quorum=1)
+    assert (short["warm"], deploy_plan.play_hosts("switch_traffic", short, [], [])) == (True, ["edge1", "app1"])
 
 
 @pytest.mark.parametrize(
@@ -569,7 +574,7 @@ def test_what_a_failure_undoes(phase: str, undo_edges: list[str], undo_hosts: li
         return deploy_plan.play_hosts(name, plan, [failure(phase)], touched)
 
     assert (hosts("undo_edges"), hosts("undo_hosts"), hosts("undo_lead")) == (undo_edges, undo_hosts, undo_lead)
-    assert hosts("switch_traffic") == hosts("finish") == hosts("stage") == []
+    assert hosts("switch_traffic") == hosts("switch_pointer") == hosts("finish") == hosts("stage") == []
     assert hosts("unlock") == ["edge1"] and hosts("result") == ["app1"]
 
 
@@ -582,7 +587,7 @@ def test_the_order_of_a_rolling_deploy() -> None:
     assert (hosts("switch_first"), hosts("switch_watch"), hosts("switch_rolling")) == (
         ["app1"], ["edge1", "app1"], ["app2"],
     )  # fmt: skip
-    assert hosts("switch_start") == hosts("switch_traffic") == []
+    assert hosts("switch_start") == hosts("switch_traffic") == hosts("switch_pointer") == []
     assert hosts("verify") == ["edge1", "app1", "app2"]
 
 
