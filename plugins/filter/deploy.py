@@ -193,12 +193,13 @@ def verdict(
 
 
 def _before(hostvars: Mapping[str, Mapping[str, Any]], plan_: Mapping[str, Any]) -> dict[str, Any]:
-    """Return edge → how the old deployment did there since preflight, as it was seen before the switch."""
+    """Return edge → how the old deployment did there since preflight, as it was seen before the switch, the later the better."""
     found: dict[str, Any] = {}
     for host in dict.fromkeys([*plan_["edges"], *plan_["hosts"][:1]]):
         # Prepared on each edge, or drained from the first host on each edge in turn.
         drained = (hostvars[host].get("__deploy_drained") or {}).get("results") or []
-        results = [hostvars[host].get("__deploy_prepared") or {}, *drained]
+        seen = [hostvars[host].get(name) or {} for name in ("__deploy_switched", "__deploy_prepared")]
+        results = [next((result for result in seen if result.get("old")), {}), *drained]
         found |= {f"{host} {index}": result["old"] for index, result in enumerate(results) if result.get("old")}
     return found
 

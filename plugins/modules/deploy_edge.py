@@ -170,7 +170,11 @@ class Edge:
             "memory": self.balancer.map_value(path, KEY),
         }
         changed = set(before.values()) != {backend}
-        result: dict[str, Any] = {"changed": changed, "diff": _diff(before, dict.fromkeys(before, backend))}
+        result: dict[str, Any] = {
+            "changed": changed,
+            "diff": _diff(before, dict.fromkeys(before, backend)),
+            **self._old(),
+        }
         if not changed or self.check:
             return result
         late = time.time() - self.params["not_after"]

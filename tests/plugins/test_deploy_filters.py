@@ -70,12 +70,14 @@ def test_the_verdict_is_on_what_all_hosts_watched() -> None:
     assert found["told"].startswith("requests 50 (old 100), failed 0")
 
 
-@pytest.mark.parametrize("kind", ["prepared on the edge", "drained from the first host"])
+@pytest.mark.parametrize("kind", ["prepared on the edge", "switched on the edge", "drained from the first host"])
 def test_after_a_switch_the_old_release_counts_as_it_did_before(kind: str) -> None:
     edge: dict[str, Any] = {"__deploy_watched": {"edge": {"new": counts(50, 5), "old": counts(0)}}}
     app: dict[str, Any] = {}
     if kind == "prepared on the edge":
         edge["__deploy_prepared"] = {"old": counts(100, 30)}
+    elif kind == "switched on the edge":
+        edge |= {"__deploy_prepared": {"old": counts(10)}, "__deploy_switched": {"old": counts(100, 30)}}
     else:
         app["__deploy_drained"] = {"results": [{"old": counts(60, 20)}, {"old": counts(40, 10)}]}
     found = deploy.verdict(variables(edge1=edge, app1=app), ["edge1", "app1", "app2"], LIMITS)

@@ -432,7 +432,9 @@ def test_a_warm_slot_is_one_switch_away_whatever_the_strategy() -> None:
     warm = history(3, 4, slots={"blue": 4, "green": 3}, running=["blue", "green"])
     plan = rollback(fleet(app1=warm, app2=copy.deepcopy(warm)))
     assert (plan["warm"], plan["rolling"], plan["slot"], plan["number"]) == (True, False, "green", 3)
-    assert deploy_plan.play_hosts("switch_traffic", plan, [], []) == [], "nothing stands between the lock and the switch"
+    assert deploy_plan.play_hosts("switch_traffic", plan, [], []) == [], (
+        "nothing stands between the lock and the switch"
+    )
     assert deploy_plan.play_hosts("switch_pointer", plan, [], []) == ["edge1"]
     cold = rollback(fleet(app1=warm, app2=copy.deepcopy(warm) | {"running": ["blue"]}), strategy="blue_green")
     assert (cold["warm"], cold["rolling"], cold["slot"]) == (False, False, "green")
