@@ -46,12 +46,14 @@ show_failures = echo "What failed (all of it: .cache/test.log):" >&2; \
   sed 's/\x1b\[[0-9;]*m//g' .cache/test.log | grep -E '(^|[ │])(FAILED|ERROR) [^ ]+::|(^|│ )E  |fatal: |\*\*\* \[' | tail -n 20 >&2
 
 # Sizes of `make test-full`; each test has a smaller one of its own (docs/testing.md).
-FULL_SIZES := ATLAS_CRASH_DOCUMENTS=2000 ATLAS_BLOCKED_JOBS=100000 ATLAS_EXAMPLES=1000 ATLAS_SCHEMATHESIS_EXAMPLES=200
+FULL_SIZES := ATLAS_CRASH_DOCUMENTS=2000 ATLAS_BLOCKED_JOBS=100000 ATLAS_EXAMPLES=1000 ATLAS_SCHEMATHESIS_EXAMPLES=200 \
+  ATLAS_RECOVERY_DOCUMENTS=100000
 
-test-full: ## the same at full size, the proofs of deploys, then the bench, whose targets are reported
+test-full: ## the same at full size, the proofs of deploys and recovery, then the bench, whose targets are reported
 	@$(FULL_SIZES) $(MAKE) test
 	@$(VENV)/bin/pytest -q tests/rehearsal
 	@$(MAKE) proof
+	@$(FULL_SIZES) $(MAKE) recovery
 	@$(MAKE) bench
 
 test-lab: bootstrap ## a lab on this machine: raised, hurt in each named way, gone without a trace

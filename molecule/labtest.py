@@ -88,11 +88,14 @@ class Lab:
         return process
 
     def _ssh(self, host: str, script: str) -> list[str]:
+        return self.command(host, "python3" if script.startswith("#python") else "bash", "-")
+
+    def command(self, host: str, *words: str) -> list[str]:
+        """Return the arguments of an ssh that runs *words* as root on *host*."""
         return [
             "ssh", "-i", self.ssh_key, "-o", f"UserKnownHostsFile={self.folder / 'known_hosts'}",
             "-o", "BatchMode=yes", "-o", "ConnectTimeout=5", "-o", "ControlPath=none",
-            f"deploy@{self.hosts[host]}", "sudo", "-n",
-            "python3" if script.startswith("#python") else "bash", "-",
+            f"deploy@{self.hosts[host]}", "sudo", "-n", *words,
         ]  # fmt: skip
 
     def playbook(self, name: str, *arguments: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:

@@ -9,5 +9,5 @@ import ansible.module_utils
 
 PROJECT = Path(__file__).resolve().parent.parent
 ansible.module_utils.__path__.append(str(PROJECT / "plugins" / "module_utils"))
-for folder in (".", "plugins/modules", "plugins/inventory", "plugins/filter", "plugins/callback", "bin"):
+for folder in (".", "plugins/modules", "plugins/inventory", "plugins/filter", "plugins/callback", "bin", "molecule"):
     sys.path.insert(0, str(PROJECT / folder))

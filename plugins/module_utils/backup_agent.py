@@ -152,6 +152,7 @@ def main(arguments: list[str]) -> int:
             r"export (sqlite|postgresql) have=([A-Za-z0-9._+,-]*)",
             lambda match: agent.export(match[1], match[2].split(","), sys.stdout.buffer),
         ),
+        (r"deployed", lambda match: print(json.dumps(agent.deployed()))),
         (r"contents", lambda match: print(json.dumps(agent.contents()))),
         (r"status", lambda match: agent.status(sys.stdin.read(REPORT_BYTES))),
         (r"import ([A-Za-z0-9-]{1,64})", lambda match: print(agent.take_in(match[1], sys.stdin.buffer))),

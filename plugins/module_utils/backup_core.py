@@ -37,6 +37,10 @@ class BackupError(Exception):
     """A backup, a check or a restore cannot go on; the message names the cause. Nothing good was removed."""
 
 
+class RowsDiffer(BackupError):
+    """A restored store is well, but does not have the rows that its manifest says."""
+
+
 class Point(NamedTuple):
     """A moment that can be restored: the snapshot that describes it, and when it was."""
 
@@ -150,6 +154,16 @@ def row_faults(manifest: Mapping[str, Any], found: Mapping[str, int]) -> list[st
             span = str(least) if least == most else f"{least} to {most}"
             faults.append(f"table {table} has {found[table]} rows, the manifest says {span}")
     return faults
+
+
+def check_filled(source: str, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Return *manifest* unless its store is an empty one, as a service makes where its own has vanished."""
+    if manifest.get("schema"):
+        return manifest
+    raise BackupError(
+        f"{source}: the store is empty, although a release is in service. It was not kept. To return the one that was lost: "
+        "playbooks/restore.yml"
+    )
 
 
 def bounds(before: Mapping[str, int], after: Mapping[str, int]) -> dict[str, list[int]]:

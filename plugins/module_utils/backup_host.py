@@ -33,6 +33,8 @@ CONFIG = Path("/etc/atlas/backup.json")
 SIGNERS = Path("/etc/atlas/allowed_signers")
 TOOL_SECONDS = 6 * 3600
 LOCK_SECONDS = 1800
+MARKS = 3
+"""Attempts at a restore point, and at a drill, while housekeeping removes rows."""
 JOBS = {"increment": "increment", "daily": "backup", "check": "check", "drill": "drill"}
 """Job -> the name under which it reports."""
 
@@ -203,20 +205,27 @@ class Backups:
         extra: dict[str, Any] = {}
         if self.wal is not None:
             first = next(iter(self.sources))
-            before = json.loads(self.ask(first, "contents"))
-            if not before:
+            after = json.loads(self.ask(first, "contents"))
+            if not after:
                 return {}
             if base or not self.wal.bases():
                 self.wal.base_backup(at_once=kind != "daily" or not self.wal.bases())
-            extra = self.wal.mark()
-            after = json.loads(self.ask(first, "contents"))
+                after = json.loads(self.ask(first, "contents"))
+            # Between two counts a number of rows can be only where both are, unless housekeeping removed some meanwhile.
+            for _ in range(MARKS):
+                before = after
+                extra = self.wal.mark()
+                after = json.loads(self.ask(first, "contents"))
+                if all(after["rows"].get(table, 0) >= count for table, count in before["rows"].items()):
+                    break
             extra |= {"schema": after["schema"], "rows": core.bounds(before["rows"], after["rows"])}
+            core.check_filled(first, extra)
         taken: dict[str, Any] = {}
         for source in self.sources:
             manifest = self.fetch(source)
             if not manifest:
                 continue
-            taken[source] = manifest | extra
+            taken[source] = core.check_filled(source, manifest | extra)
             path = self.directory / "staging" / source / "manifest.json"
             path.write_text(json.dumps(taken[source], indent=2, sort_keys=True) + "\n")
             tags = ["--tag", f"kind={kind}", *(["--tag", f"label={label}"] if label else [])]
@@ -262,11 +271,18 @@ class Backups:
     # Jobs
 
     def increment(self) -> dict[str, Any]:
-        """SQLite: a copy now. PostgreSQL: see that its log arrives, and put it in order."""
+        """SQLite: a copy now. PostgreSQL: see that its log arrives, put it in order, and keep what a deploy has brought."""
         if self.wal is None:
             taken = self.take("increment")
             return {"rows": _rows(taken)} if taken else {}
-        return self.wal.tend()
+        found = self.wal.tend()
+        # The log brings the data of the newest release at once; without that release nobody could read them.
+        source = next(iter(self.sources))
+        kept = read_json(self.directory / "staging" / source / "manifest.json").get("deployed", {})
+        deployed = json.loads(self.ask(source, "deployed"))
+        if deployed and deployed.get("deployment") != kept.get("deployment"):
+            self.take("increment")
+        return found
 
     def daily(self) -> dict[str, Any]:
         """A whole backup, then retention, then a check of the repository's structure."""
@@ -293,18 +309,23 @@ class Backups:
         """Restore the newest backup to a scratch place and start its release on it; figures of RPO and RTO."""
         if not self.points():
             return {}
-        rpo = None
-        if self.wal is not None:
+        for attempt in range(1, MARKS + 1):
+            rpo = None
+            if self.wal is not None:
+                taken = self.take("increment")
+                rpo = next((one["arrived_at"] - one["marked_at"] for one in taken.values()), None)
+            ticket = "drill"
             began = time.time()
-            taken = self.take("increment")
-            marked = next(iter(taken.values()))["marked_at"] if taken else began
-            rpo = next(iter(taken.values()))["arrived_at"] - marked if taken else None
-        ticket = "drill"
-        began = time.time()
-        try:
-            found = self.prepare(ticket, None, None)
-        finally:
-            self.discard(ticket)
+            try:
+                found = self.prepare(ticket, None, None)
+                break
+            except core.RowsDiffer:
+                # A running database can be counted only around a moment, and what was removed just then does not count
+                # twice. A copy is exact.
+                if self.wal is None or attempt == MARKS:
+                    raise
+            finally:
+                self.discard(ticket)
         rto = time.time() - began
         rpo = began - found["point_at"] if rpo is None else rpo
         figures = {key: found[key] for key in ("rows", "sensitive", "searched", "release", "restored_to")}
@@ -317,8 +338,7 @@ class Backups:
 
         *newest* takes all that has arrived (PostgreSQL: beyond the last point, to the end of the log).
         """
-        known = [point for point in self.points() if point.source == next(iter(self.sources))]
-        point = core.choose(known, label, at)
+        point = self._point(label, at)
         scratch = self.directory / "scratch" / ticket
         self.discard(ticket)
         scratch.mkdir(mode=0o700, parents=True)
@@ -343,6 +363,11 @@ class Backups:
             "point_at": manifest.get("marked_at") or manifest["taken_at"],
             "label": point.label,
         }
+
+    def _point(self, label: str | None, at: float | None) -> Point:
+        """The point to restore: of the first source, unless the repository was filled by hosts of other names."""
+        known = self.points()
+        return core.choose([point for point in known if point.source == next(iter(self.sources))] or known, label, at)
 
     def _lay_out(self, point: Point, scratch: Path) -> None:
         """Take the files of *point* out of the repository: source, archives and escrow under *scratch*."""
@@ -385,7 +410,7 @@ class Backups:
 
     def release(self, ticket: str) -> Path:
         """The archive, taken out of the repository, of the release that the newest backup was made with."""
-        point = core.choose(self.points(), None, None)
+        point = self._point(None, None)
         scratch = self.directory / "scratch" / ticket
         self.discard(ticket)
         scratch.mkdir(mode=0o700, parents=True)
@@ -454,6 +479,7 @@ def main(arguments: Sequence[str]) -> int:
         ("drill", "restore the newest backup to a scratch place and start its release on it"),
         ("points", "list what can be restored"),
         ("report", "what was done and when"),
+        ("receive-log", "PostgreSQL: receive its log, for as long as it comes"),
         ("restart-log", "PostgreSQL: take up its log anew, after a restore"),
     ):
         verbs.add_parser(name, help=text)
@@ -496,6 +522,8 @@ def _perform(backups: Backups, options: argparse.Namespace) -> Any:
         return [{**point._asdict(), "time": core.rfc3339(point.at)} for point in backups.points()]
     if verb == "report":
         return read_json(backups.directory / "status.json")
+    if verb == "receive-log" and backups.wal is not None:
+        backups.wal.receive()
     with backups.lock():
         if verb == "init":
             return {"changed": backups.init()}

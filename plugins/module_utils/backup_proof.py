@@ -105,12 +105,12 @@ class Proof:
         except ValueError:
             raise core.explain("the release cannot read the restored store", done.stderr) from None
         faults = list(found.pop("faults"))
-        if compare and not faults:
-            faults += core.row_faults(manifest, found["rows"])
-        if not faults:
+        differing = core.row_faults(manifest, found["rows"]) if compare and not faults else []
+        if not faults and not differing:
             faults += self._serve(argv, environment)
-        if faults:
-            raise BackupError(f"the restored store is not fit to serve: {'; '.join(faults)}")
+        if faults or differing:
+            kind = BackupError if faults else core.RowsDiffer
+            raise kind(f"the restored store is not fit to serve: {'; '.join(faults or differing)}")
         return {**found, "release": manifest["deployed"]["release"]}
 
     def _serve(self, argv: list[str], environment: Mapping[str, str]) -> list[str]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils import backup_core as core
-from ansible.module_utils.atlas_host import HostError, run
+from ansible.module_utils.atlas_host import HostError, read_json, run
 from ansible.module_utils.backup_core import BackupError
 
 BARMAN_CONFIG = "/etc/atlas/barman.conf"
@@ -89,8 +89,29 @@ class Wal:
         """Compare every file of a base backup with the manifest that PostgreSQL made of it."""
         self.barman(f"verifying base backup {name}", "verify-backup", SERVER, name)
 
+    def expect_same(self) -> None:
+        """Refuse a database that is not the one whose log is kept here: its log would be written over the last of that.
+
+        A restored database is the same one (PostgreSQL's system identifier); one that was made anew is not.
+        """
+        kept = str(read_json(self.home / "identity.json").get("systemid") or "")
+        found = self.sql("SELECT system_identifier FROM pg_control_system()")[0] if kept else ""
+        if found != kept:
+            raise BackupError(
+                f"the database at {self.database['address']} is not the one that is backed up here, but one made anew: "
+                "nothing of it is kept. Restore into it: playbooks/recover.yml. If the old one is to be forgotten: "
+                f"move {self.home} away"
+            )
+
+    def receive(self) -> None:
+        """Become the program that receives the log, until that ends."""
+        self.expect_same()
+        argv = ["barman", "-c", BARMAN_CONFIG, "receive-wal", SERVER]
+        os.execvpe(argv[0], argv, {**os.environ, **self._environment()})  # noqa: S606
+
     def mark(self) -> dict[str, Any]:
         """Write a restore point and wait until it is safe in the repository: name, when it was and when it had arrived."""
+        self.expect_same()
         name = time.strftime("atlas-%Y%m%dT%H%M%S", time.gmtime()) + f"-{time.time_ns() // 1_000_000 % 1000:03d}"
         statement = "SELECT extract(epoch FROM clock_timestamp()), lsn, pg_walfile_name(lsn)"
         at, lsn, segment = self.sql(f"{statement} FROM pg_create_restore_point('{name}') AS lsn")
@@ -121,6 +142,7 @@ class Wal:
     def tend(self) -> dict[str, Any]:
         """Put what has arrived in order, and tell how far behind the repository is."""
         try:
+            self.expect_same()
             row = self.sql(
                 "SELECT extract(epoch FROM clock_timestamp() - reply_time), pg_wal_lsn_diff(pg_current_wal_lsn(), write_lsn)"
                 " FROM pg_stat_replication WHERE application_name = 'barman_receive_wal'"

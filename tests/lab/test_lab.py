@@ -137,6 +137,14 @@ def test_pause_and_kill_silence_the_host_until_they_end(lab: Lab) -> None:
     assert listens(lab)
 
 
+def test_a_host_that_was_destroyed_comes_back_empty(lab: Lab) -> None:
+    assert ssh(lab, "echo lost > /root/lost").returncode == 0
+    done("destroy", NAME, HOST)
+    assert not listens(lab) and HOST not in lab.containers()
+    assert any(change.startswith(f"{HOST} created at") for change in up(lab))
+    assert ssh(lab, "cat /root/lost").returncode != 0
+
+
 def test_a_cut_host_runs_on_without_network(lab: Lab) -> None:
     done("cut", NAME, HOST)
     try:

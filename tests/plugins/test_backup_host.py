@@ -12,6 +12,7 @@ from ansible.module_utils import backup_core as core
 from ansible.module_utils import release
 from ansible.module_utils.backup_core import BackupError
 from ansible.module_utils.backup_host import Backups
+from ansible.module_utils.backup_wal import Wal
 
 LIMITS = {"backup": 100, "increment": 100, "check": 100, "drill": 100}
 
@@ -44,7 +45,7 @@ class Recorded(Backups):
 
     def fetch(self, source: str) -> dict[str, Any]:
         (self.directory / "staging" / source).mkdir(parents=True, exist_ok=True)
-        return {"deployed": {"release": "r"}, "rows": {"documents": 2}, "taken_at": 1.0}
+        return {"deployed": {"release": "r"}, "schema": "0001", "rows": {"documents": 2}, "taken_at": 1.0}
 
     def ask(self, host: str, command: str, text: str = "", timeout: float = 300) -> str:
         assert command == "status"
@@ -126,3 +127,114 @@ def test_before_the_first_deployment_no_job_counts(tmp_path: Path) -> None:
     assert backups.job("increment", backups.increment) == {}
     assert backups.asked == []
     assert "ok" not in backups.told[-1]["jobs"]["increment"]
+
+
+def test_an_empty_store_is_not_kept(tmp_path: Path) -> None:
+    backups = Recorded(tmp_path)
+    backups.fetch = lambda source: {"deployed": {"release": "r"}, "schema": None, "rows": {}}  # type: ignore[method-assign]
+    with pytest.raises(BackupError, match="app1: the store is empty"):
+        backups.job("increment", backups.increment)
+    assert "backup" not in backups.asked
+
+
+class Log(Wal):
+    """A log whose database has the identity *found*."""
+
+    def __init__(self, directory: Path, found: str = "7001") -> None:
+        super().__init__({"address": "192.0.2.40"}, directory)
+        self.found, self.marks = found, 0
+        self.home.mkdir(parents=True)
+        (self.home / "identity.json").write_text('{"systemid": "7001", "version": "15"}')
+
+    def sql(self, statement: str) -> list[str]:
+        assert "system_identifier" in statement
+        return [self.found]
+
+    def tend(self) -> dict[str, Any]:
+        self.expect_same()
+        return {"rpo_seconds": 0.1}
+
+    def bases(self) -> dict[str, float]:
+        return {"base": 1.0}
+
+    def mark(self) -> dict[str, Any]:
+        self.marks += 1
+        return {"restore_point": f"point-{self.marks}", "marked_at": 1.0, "arrived_at": 1.5}
+
+
+class Replicated(Recorded):
+    """A backup host of PostgreSQL. *counts*: the documents that each look finds; *deployment*: the one in service."""
+
+    counts: list[int]
+    deployment = 4
+
+    def __init__(self, directory: Path, **given: Any) -> None:
+        super().__init__(directory, **given)
+        self.wal, self.store = Log(directory), "postgresql"
+        self.counts = [2] * 20
+
+    def ask(self, host: str, command: str, text: str = "", timeout: float = 300) -> str:
+        if command == "deployed":
+            return json.dumps({"deployment": self.deployment})
+        if command == "contents":
+            return json.dumps({"schema": "0001", "rows": {"documents": self.counts.pop(0)}})
+        return super().ask(host, command, text, timeout)
+
+    def fetch(self, source: str) -> dict[str, Any]:
+        return {**super().fetch(source), "deployed": {"release": "r", "deployment": self.deployment}}
+
+
+def test_what_a_deploy_brought_is_kept_with_the_next_look_at_the_log(tmp_path: Path) -> None:
+    backups = Replicated(tmp_path)
+    for deployment, stored in ((4, 1), (4, 1), (5, 2)):
+        backups.deployment = deployment
+        assert backups.job("increment", backups.increment) == {"rpo_seconds": 0.1}
+        assert backups.asked.count("backup") == stored
+
+
+def test_the_log_of_another_database_is_not_kept(tmp_path: Path) -> None:
+    backups = Replicated(tmp_path)
+    assert backups.wal is not None
+    backups.wal.found = "7002"  # type: ignore[attr-defined]
+    with pytest.raises(BackupError, match="192.0.2.40 is not the one that is backed up here"):
+        backups.job("increment", backups.increment)
+    with pytest.raises(BackupError, match="playbooks/recover.yml"):
+        backups.wal.receive()
+
+
+def test_a_moment_at_which_housekeeping_removed_rows_is_not_counted_by(tmp_path: Path) -> None:
+    backups = Replicated(tmp_path)
+    backups.counts = [9, 7, 8]
+    taken = backups.take("labelled", "kept")
+    assert taken["app1"]["rows"] == {"documents": [7, 8]} and taken["app1"]["restore_point"] == "point-2"
+
+
+def test_a_drill_whose_rows_were_counted_at_a_bad_moment_is_held_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backups = Replicated(tmp_path, snapshots=[snapshot(1.0, kind="daily")])
+    good = {key: 1 for key in ("rows", "sensitive", "searched", "release", "restored_to")} | {"point_at": 1.0}
+    outcomes: list[Any] = [core.RowsDiffer("table jobs has 7 rows"), good]
+
+    def prepare(*_: Any) -> dict[str, Any]:
+        outcome = outcomes.pop(0)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return dict(outcome)
+
+    monkeypatch.setattr(backups, "prepare", prepare)
+    assert backups.drill()["rpo_seconds"] == 0.5
+    outcomes += [core.RowsDiffer("table jobs has 7 rows")] * 3
+    with pytest.raises(BackupError, match="table jobs has 7 rows"):
+        backups.drill()
+    outcomes += [BackupError("damaged repository"), good]
+    with pytest.raises(BackupError, match="damaged"):
+        backups.drill()
+
+
+def test_hosts_of_other_names_find_what_the_old_ones_left(tmp_path: Path) -> None:
+    old = {**snapshot(1.0, kind="daily"), "hostname": "old1"}
+    backups = Recorded(tmp_path, [old])
+    assert backups._point(None, None).source == "old1"
+    backups.snapshots = [snapshot(1.0, kind="daily"), {**old, "time": core.rfc3339(2.0)}]
+    assert backups._point(None, None).source == "app1"

@@ -1,0 +1,350 @@
+"""Whatever is destroyed while documents arrive comes back from the repository, but for the last moments. About 40 minutes.
+
+    make recovery                                     # both stores, few documents
+    ATLAS_RECOVERY_DOCUMENTS=100000 make recovery     # as make test-full
+
+Each store has a lab of its own, in the shape of staging (PostgreSQL) or on one host (SQLite). In it, documents are taken in,
+then more of them one by one, and at a moment drawn anew each time something is destroyed: the data directory, the host of the
+database, every host. What is asserted, each time: nothing that had been archived is lost, no document was changed, each was
+finished exactly once. What was measured is printed, and kept in reports/recovery-STORE.json.
+
+With LAB_NAME an existing lab serves, and stays.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ansible.module_utils.backup_core import parse_time
+from backuptest import REPOSITORY, run
+from labtest import PROJECT, Lab, sql
+
+from tests.load.traffic import Traffic
+from tests.load.verdict import percentiles
+from tests.recovery.ledger import Findings, Ledger
+
+DOCUMENTS = int(os.environ.get("ATLAS_RECOVERY_DOCUMENTS", "1000"))
+"""Taken in before anything is destroyed."""
+RATE = 20.0
+"""Documents per second while it is."""
+LOG_SECONDS = 60.0
+"""What PostgreSQL may lose."""
+INTERVAL_SECONDS = 20.0
+"""Between two copies of a SQLite store here; it may lose that, and what a copy takes."""
+TIMER_SECONDS = 5.0
+"""By which the timer may be late (AccuracySec)."""
+QUICK = ["-e", f"backup_sqlite_interval={INTERVAL_SECONDS:.0f}s"]
+CALM_SECONDS = 60.0
+PLAYBOOK_SECONDS = 3600.0
+BACKUP_LOOP = """rm -f /run/proof-ends
+while [ ! -e /run/proof-ends ]; do atlas-backup take --base > /dev/null || exit 1; echo taken; done"""
+pytestmark = pytest.mark.timeout(4 * 3600)
+
+
+class Stage:
+    """One store's lab: how it is hurt and mended, and what that showed."""
+
+    def __init__(self, environment: str, lab: Lab, backup: str, app: str, database: str | None) -> None:
+        self.environment, self.lab, self.backup, self.database = environment, lab, backup, database
+        self.ledger = Ledger(lab, app, database)
+        self.figures: dict[str, Any] = {"documents": DOCUMENTS}
+
+    # Hurting
+
+    def destroy(self, hosts: Sequence[str]) -> None:
+        """Let *hosts* vanish at once, with all that is on them."""
+        with ThreadPoolExecutor(len(hosts)) as pool:
+            for done in pool.map(lambda host: self.lab.operate("destroy", self.lab.name, host), hosts):
+                assert done.returncode == 0, done.stderr
+
+    def replace(self) -> None:
+        """Put an empty host in the place of each that is gone."""
+        named = ["-e", f"lab_environment={self.environment}", "-e", f"lab_name={self.lab.name}"]
+        done = self.lab.run("ansible-playbook", "-i", "localhost,", "playbooks/lab.yml", *named)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    def carry_off(self, file: Path) -> None:
+        """Copy the repository to *file*, as one does to a disk that is kept elsewhere: while no job runs."""
+        tar = f"tar -C / --exclude={REPOSITORY[1:]}/scratch -cf - {REPOSITORY[1:]}"
+        with file.open("wb") as out:
+            subprocess.run(
+                self.lab.command(self.backup, "flock", f"{REPOSITORY}/lock", *tar.split()),
+                stdout=out,
+                check=True,
+                timeout=1800,
+            )
+
+    def bring_back(self, file: Path) -> None:
+        """Put that copy in place on the new backup host, as root's: nobody knows there whose it was."""
+        with file.open("rb") as source:
+            subprocess.run(
+                self.lab.command(self.backup, "tar", "-C", "/", "--no-same-owner", "-xf", "-"),
+                stdin=source, check=True, timeout=1800,
+            )  # fmt: skip
+
+    def playbook(self, name: str, *given: str) -> str:
+        """Run a playbook that has to succeed; its output."""
+        done = self.lab.playbook(name, *given, timeout=PLAYBOOK_SECONDS)
+        assert done.returncode == 0, f"{name}\n{done.stdout[-6000:]}{done.stderr[-2000:]}"
+        return done.stdout
+
+    # Watching
+
+    def served_after(self, mend: Callable[[], str]) -> tuple[str, float]:
+        """Run *mend*; its output, and after how many seconds a document from before was served again."""
+        known = next(iter(self.ledger.acknowledged))
+        began = time.monotonic()
+        with ThreadPoolExecutor(1) as pool:
+            running = pool.submit(mend)
+            while True:
+                ended = running.done()
+                if self.lab.http("GET", f"/v1/documents/{known}", timeout=5).status == 200:
+                    break
+                if ended:
+                    running.result()
+                    pytest.fail("the playbook is done, and a document that was archived is not served")
+                time.sleep(0.5)
+            seconds = time.monotonic() - began
+            return running.result(), seconds
+
+    def survive(
+        self,
+        name: str,
+        destroy: Callable[[], None],
+        command: str,
+        mend: Callable[[], str],
+        replace: Callable[[], None] | None = None,
+    ) -> tuple[Findings, float, str]:
+        """Destroy something under load, *replace* the hosts that are gone (not counted), and *mend* it with *command*.
+
+        Returns what was found, when it was destroyed, and what the playbook said.
+        """
+        moment = random.SystemRandom().uniform(3, 12)
+        with Traffic(self.lab.folder / "access.json", RATE, slow_seconds=0) as traffic:
+            time.sleep(moment)
+            destroyed_at = time.time()
+            destroy()
+            gone_at = time.time()
+            time.sleep(2)
+        self.ledger.add(traffic)
+        late = [one for one in traffic.outcomes if one.good and one.began > gone_at]
+        assert not late, f"{len(late)} documents were acknowledged when their store was gone"
+        acknowledged = sum(one.good for one in traffic.outcomes)
+        assert acknowledged > 0, "nothing was under way"
+        (replace or self.replace)()
+        said, rto = self.served_after(mend)
+        self.ledger.settle(120 + len(self.ledger.acknowledged) / 20)
+        found = self.ledger.compare()
+        figures = {
+            "command": command, "moment": round(moment, 2), "acknowledged_under_load": acknowledged, "kept": found.kept,
+            "lost": len(found.lost), "rpo_seconds": round(found.rpo(destroyed_at), 2), "rto_seconds": round(rto, 1),
+            "changed": len(found.changed), "not_once": len(found.not_once), "unanswered": found.unanswered,
+        }  # fmt: skip
+        self.note(name, figures)
+        assert found.changed == [] and found.not_once == [], figures
+        return found, destroyed_at, said
+
+    def note(self, name: str, figures: dict[str, Any]) -> None:
+        """Print *figures* and keep them."""
+        print(f"\n{name}: " + ", ".join(f"{key} {value}" for key, value in figures.items()), flush=True)
+        self.figures[name] = figures
+        file = PROJECT / "reports" / f"recovery-{'postgresql' if self.database else 'sqlite'}.json"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps(self.figures, indent=1) + "\n")
+
+    def well(self) -> None:
+        """Assert that the service takes in documents, and that its backups go on: a drill on the newest one."""
+        body = {"content": f"after it, {time.time()}", "content_type": "text/plain"}
+        assert self.lab.http("POST", "/v1/documents", body).status == 202
+        status, found = run(self.lab, self.backup, "increment")
+        assert status == 0, found
+        status, found = run(self.lab, self.backup, "drill")
+        assert status == 0, found
+        assert found["sensitive"] >= DOCUMENTS / 10
+
+
+@contextlib.contextmanager
+def raised(environment: str, store: str) -> Iterator[Lab]:
+    """A lab for this module, gone afterwards; or the one that LAB_NAME names."""
+    name = os.environ.get("LAB_NAME")
+    if name:
+        yield Lab.open(name)
+        return
+    name = f"test-recovery-{store}"
+    try:
+        subprocess.run(["make", "up", f"ENV={environment}", f"LAB={name}"], cwd=PROJECT, check=True, stdout=sys.stderr)
+        yield Lab.open(name)
+    finally:
+        subprocess.run(["make", "down", f"LAB={name}"], cwd=PROJECT, check=True, capture_output=True)
+
+
+@pytest.fixture(scope="class")
+def postgresql() -> Iterator[Stage]:
+    """Five hosts with PostgreSQL, and documents in it; the backup host has a base backup of before most of them."""
+    with raised("staging", "postgresql") as lab:
+        stage = Stage("staging", lab, "backup1", "app1", "db1")
+        stage.playbook("backup")
+        stage.figures["documents_per_second"] = round(stage.ledger.fill(DOCUMENTS), 1)
+        yield stage
+
+
+@pytest.fixture(scope="class")
+def sqlite() -> Iterator[Stage]:
+    """One host with SQLite, and documents in it, which is copied often."""
+    with raised("development", "sqlite") as lab:
+        stage = Stage("development", lab, "dev1", "dev1", None)
+        stage.playbook("site", *QUICK)
+        stage.figures["documents_per_second"] = round(stage.ledger.fill(DOCUMENTS), 1)
+        yield stage
+
+
+class TestPostgresql:
+    """The log arrives as it is written."""
+
+    def test_p99_of_ingestion_under_a_backup_that_never_ends(self, postgresql: Stage) -> None:
+        """A report, and no target: but not one request may fail."""
+        lab, found = postgresql.lab, {}
+        with Traffic(lab.folder / "access.json", RATE, slow_seconds=0) as traffic:
+            time.sleep(CALM_SECONDS)
+            began = time.time()
+            backing_up = lab.start(postgresql.backup, BACKUP_LOOP)
+            time.sleep(CALM_SECONDS)
+            ended = time.time()
+            lab.ssh(postgresql.backup, "touch /run/proof-ends")
+            taken = backing_up.communicate(timeout=600)[0].split().count("taken")
+        postgresql.ledger.add(traffic)
+        for name, since, until in (("without", began - CALM_SECONDS, began), ("under backup", began, ended)):
+            values = percentiles([one.latency for one in traffic.outcomes if since <= one.due < until])
+            found[name] = {key: round(1000 * value, 1) for key, value in values.items()}
+        postgresql.note("latency of POST in ms", {**found, "base_backups": taken})
+        assert taken > 0 and backing_up.returncode == 0
+        assert traffic.judge().good, traffic.judge()
+
+    def test_the_data_directory(self, postgresql: Stage) -> None:
+        lab = postgresql.lab
+        found, at, _ = postgresql.survive(
+            "data directory",
+            lambda: _ran(lab, "db1", "systemctl kill -s KILL 'postgresql@*'; rm -rf /var/lib/postgresql/*/main"),
+            "restore.yml", lambda: postgresql.playbook("restore", "-e", "confirm=staging"),
+        )  # fmt: skip
+        assert found.rpo(at) <= LOG_SECONDS
+        postgresql.well()
+
+    def test_the_database_host(self, postgresql: Stage) -> None:
+        """Before it is recovered it is provisioned, as one might who does not think of backups: its new log takes no old one's place."""
+        lab = postgresql.lab
+
+        def mend() -> str:
+            kept = _half_received(lab)
+            postgresql.playbook("site")
+            status, said = run(lab, "backup1", "increment")
+            assert status == 1 and "is not the one that is backed up here" in said, said
+            sql(lab, "db1", "SELECT pg_switch_wal()")
+            assert _half_received(lab) == kept
+            return postgresql.playbook("recover", "-e", "confirm=staging")
+
+        found, at, _ = postgresql.survive(
+            "database host", lambda: postgresql.destroy(["db1"]), "site.yml, recover.yml", mend
+        )
+        assert found.rpo(at) <= LOG_SECONDS
+        postgresql.well()
+
+    def test_every_host_but_the_backup_host(self, postgresql: Stage) -> None:
+        hosts = [host for host in postgresql.lab.hosts if host != postgresql.backup]
+        found, at, _ = postgresql.survive(
+            "every host but the backup host", lambda: postgresql.destroy(hosts),
+            "recover.yml", lambda: postgresql.playbook("recover", "-e", "confirm=staging"),
+        )  # fmt: skip
+        assert found.rpo(at) <= LOG_SECONDS
+        postgresql.well()
+
+    def test_every_host_with_a_copy_of_the_repository(self, postgresql: Stage, tmp_path: Path) -> None:
+        everything_with_a_copy(postgresql, tmp_path, [])
+
+
+class TestSqlite:
+    """The store is copied every so often."""
+
+    def test_the_data_directory(self, sqlite: Stage) -> None:
+        lab = sqlite.lab
+        kill = "systemctl kill -s KILL 'atlas-*@blue.service' 'atlas-*@green.service'; rm -rf /var/lib/atlas/*"
+        found, at, said = sqlite.survive(
+            "data directory", lambda: _ran(lab, "dev1", kill),
+            "restore.yml", lambda: sqlite.playbook("restore", "-e", "confirm=development"),
+        )  # fmt: skip
+        no_more_than_an_interval(sqlite, found, at, said)
+        sqlite.well()
+
+    def test_the_whole_host_with_a_copy_of_the_repository(self, sqlite: Stage, tmp_path: Path) -> None:
+        everything_with_a_copy(sqlite, tmp_path, QUICK)
+
+
+def everything_with_a_copy(stage: Stage, folder: Path, given: list[str]) -> None:
+    """Nothing is left but a copy of the repository, in which the vault file is as well, and the password."""
+    copy = folder / "repository.tar"
+    vault = stage.lab.inventory / "group_vars" / "all" / "vault.yml"
+    copied_at = 0.0
+
+    def destroy() -> None:
+        nonlocal copied_at
+        copied_at = time.time()
+        stage.carry_off(copy)
+        stage.destroy(list(stage.lab.hosts))
+        vault.unlink()
+        shutil.rmtree(PROJECT / ".cache" / "recovered", ignore_errors=True)
+
+    def mend() -> str:
+        stage.bring_back(copy)
+        return stage.playbook("recover", "-e", f"confirm={stage.environment}", *given)
+
+    def replace() -> None:
+        escrow = ["tar", "-xOf", str(copy), f"{REPOSITORY[1:]}/escrow/vault.yml"]
+        vault.write_bytes(subprocess.run(escrow, check=True, capture_output=True).stdout)
+        stage.replace()
+
+    found, _, said = stage.survive("every host", destroy, "recover.yml", mend, replace)
+    if stage.database:
+        assert found.rpo(copied_at) <= LOG_SECONDS
+    else:
+        no_more_than_an_interval(stage, found, copied_at, said)
+    stage.well()
+
+
+def no_more_than_an_interval(stage: Stage, found: Findings, at: float, said: str) -> None:
+    """Assert that all is there that was acknowledged before the copy that was restored, and that it was no older than promised."""
+    match = re.search(r"is at ([0-9TZ:-]+)\. What was replaced", said)
+    assert match, said
+    copied = parse_time(match[1])
+    assert all(lost >= copied for lost in found.lost)
+    status, report = run(stage.lab, stage.backup, "report")
+    assert status == 0
+    took = report["jobs"]["increment"]["seconds"]
+    assert at - copied <= INTERVAL_SECONDS + TIMER_SECONDS + took + 1
+    assert found.rpo(at) <= INTERVAL_SECONDS + TIMER_SECONDS + took + 1
+
+
+def _ran(lab: Lab, host: str, script: str) -> None:
+    done = lab.ssh(host, script)
+    assert done.returncode == 0, done.stderr
+
+
+def _half_received(lab: Lab) -> str:
+    """Name, size and digest of the segment that the backup host was receiving."""
+    found = lab.ssh(
+        "backup1", f"cd {REPOSITORY}/barman/atlas/streaming && sha256sum *.partial && stat -c %s *.partial"
+    ).stdout
+    assert ".partial" in found
+    return found
