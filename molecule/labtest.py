@@ -7,11 +7,15 @@ import json
 import os
 import ssl
 import subprocess
+import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 PROJECT = Path(os.environ.get("MOLECULE_PROJECT_DIRECTORY") or Path(__file__).resolve().parents[1])
 SERVICES = ("api", "core", "services", "monitoring")
@@ -153,6 +157,18 @@ def _answer(status: int, headers: Any, raw: bytes) -> Answer:
     if "json" in lowered.get("content-type", ""):
         body = json.loads(raw)
     return Answer(status, lowered, body)
+
+
+def poll(condition: Callable[[], Any], seconds: float, what: str, pause: float = 0.3) -> Any:
+    """Return what *condition* returns as soon as that is true; fail after *seconds* with what it returned last."""
+    deadline = time.monotonic() + seconds
+    while True:
+        result = condition()
+        if result:
+            return result
+        if time.monotonic() > deadline:
+            pytest.fail(f"not within {seconds:.0f} s: {what} (last: {result!r})")
+        time.sleep(pause)
 
 
 def slot_in_service(lab: Lab, host: str) -> str:

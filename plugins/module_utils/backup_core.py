@@ -21,7 +21,8 @@ _CAUSES = (
         "damaged repository",
         r"ciphertext verification failed|hash(?:es)? (?:does not|do not|is invalid)|does not match id|checksum mismatch|invalid data returned|"
         r"unexpected EOF|not referenced in any index|pack .* (?:does not exist|not found)|blob .* not found|truncated|"
-        r"unable to load (?:tree|blob|index)|Pack ID does not match|repository contains errors|Load\(<|unexpected pack size|contains \d+ errors|wrong data",
+        r"unable to load (?:tree|blob|index)|Pack ID does not match|repository contains errors|Load\(<|unexpected pack size|contains \d+ errors|wrong data|"
+        r"invalid page in block|page verification failed|recovery ended before configured recovery target|could not locate a valid checkpoint",
     ),
     ("full disk", r"no space left on device|disk quota exceeded"),
     ("missing repository", r"is there a repository at|repository does not exist|unable to open config file"),

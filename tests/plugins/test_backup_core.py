@@ -113,6 +113,8 @@ def test_times() -> None:
         ),
         ("pack 0bc: not referenced in any index", "damaged repository"),
         ("Pack ID does not match, want 1, got 2", "damaged repository"),
+        ("DETAIL: invalid page in block 0 of relation base/16385/16412", "damaged repository"),
+        ("FATAL:  recovery ended before configured recovery target was reached", "damaged repository"),
         ("Fatal: unable to save snapshot: write /x: no space left on device", "full disk"),
         (
             "Fatal: unable to open config file: stat /x/config: no such file\nIs there a repository at the following location?",

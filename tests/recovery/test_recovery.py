@@ -13,6 +13,7 @@ With LAB_NAME an existing lab serves, and stays.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import os
@@ -29,8 +30,8 @@ from typing import Any
 
 import pytest
 from ansible.module_utils.backup_core import parse_time
-from backuptest import REPOSITORY, run
-from labtest import PROJECT, Lab, sql
+from backuptest import REPOSITORY, fails, replace_credential, return_credential, run, without_timers
+from labtest import PROJECT, Lab, poll, sql
 
 from tests.load.traffic import Traffic
 from tests.load.verdict import percentiles
@@ -51,6 +52,13 @@ CALM_SECONDS = 60.0
 PLAYBOOK_SECONDS = 3600.0
 BACKUP_LOOP = """rm -f /run/proof-ends
 while [ ! -e /run/proof-ends ]; do atlas-backup take --base > /dev/null || exit 1; echo taken; done"""
+POINT = """
+- hosts: app
+  gather_facts: false
+  tasks:
+    - ansible.builtin.include_role: {name: backup, tasks_from: restore_point}
+      vars: {backup_label: by-hand}
+"""
 pytestmark = pytest.mark.timeout(4 * 3600)
 
 
@@ -191,6 +199,51 @@ def raised(environment: str, store: str) -> Iterator[Lab]:
         subprocess.run(["make", "down", f"LAB={name}"], cwd=PROJECT, check=True, capture_output=True)
 
 
+@contextlib.contextmanager
+def page(lab: Lab) -> Iterator[None]:
+    """The newest base backup has wrong bytes in the table of documents."""
+    assert run(lab, "backup1", "take", "--base")[0] == 0
+    place = sql(lab, "db1", "SELECT pg_relation_filepath('documents')")
+    base = lab.ssh("backup1", f"ls -d {REPOSITORY}/barman/atlas/base/*/ | tail -1").stdout.strip()
+    file = f"{base}data/{place}"
+    _ran(
+        lab, "backup1", f"cp -a {file} /root/page && printf XXXX | dd of={file} bs=1 seek=6000 conv=notrunc status=none"
+    )
+    try:
+        yield
+    finally:
+        _ran(lab, "backup1", f"cp -a /root/page {file}")
+
+
+@contextlib.contextmanager
+def key(lab: Lab) -> Iterator[None]:
+    """The backup host has another key."""
+    replace_credential(lab, "backup1", "fernet_keys", base64.urlsafe_b64encode(b"k" * 32).decode())
+    try:
+        yield
+    finally:
+        return_credential(lab, "backup1", "fernet_keys")
+
+
+@contextlib.contextmanager
+def schema(lab: Lab) -> Iterator[None]:
+    """The store says that it was migrated beyond the release."""
+    sql(
+        lab, "db1", "UPDATE alembic_version SET version_num = '9999';"
+        "INSERT INTO schema_revisions (revision, phase, applied_at) VALUES ('9999', 'contract', 1)",
+    )  # fmt: skip
+    try:
+        yield
+    finally:
+        sql(
+            lab, "db1", "DELETE FROM schema_revisions WHERE revision = '9999';"
+            "UPDATE alembic_version SET version_num = (SELECT max(revision) FROM schema_revisions)",
+        )  # fmt: skip
+
+
+HURTS = {"page": page, "key": key, "schema": schema}
+
+
 @pytest.fixture(scope="class")
 def postgresql() -> Iterator[Stage]:
     """Five hosts with PostgreSQL, and documents in it; the backup host has a base backup of before most of them."""
@@ -232,6 +285,33 @@ class TestPostgresql:
         postgresql.note("latency of POST in ms", {**found, "base_backups": taken})
         assert taken > 0 and backing_up.returncode == 0
         assert traffic.judge().good, traffic.judge()
+
+    @pytest.mark.parametrize(
+        ("hurt", "cause"),
+        [
+            ("page", "damaged repository"),
+            ("key", "need a key that is not in the keyring"),
+            ("schema", "the schema is at 9999"),
+        ],
+    )
+    def test_a_drill_fails(self, postgresql: Stage, hurt: str, cause: str) -> None:
+        """On SQLite the same is shown by molecule/default/tests/test_backup.py."""
+        lab = postgresql.lab
+        with without_timers(lab, postgresql.backup), HURTS[hurt](lab):
+            fails(lab, postgresql.backup, poll, "drill", cause)
+        postgresql.well()
+
+    def test_a_backup_host_that_was_never_provisioned_is_named(self, postgresql: Stage, tmp_path: Path) -> None:
+        lab, program = postgresql.lab, "/usr/local/sbin/atlas-backup"
+        book = tmp_path / "point.yml"
+        book.write_text(POINT)
+        _ran(lab, postgresql.backup, f"mv {program} /root/")
+        try:
+            done = lab.run("ansible-playbook", "-i", str(lab.inventory), str(book))
+        finally:
+            _ran(lab, postgresql.backup, f"mv /root/atlas-backup {program}")
+        assert done.returncode != 0
+        assert "No restore point on backup1: it has no backup program yet. Run playbooks/site.yml" in done.stdout
 
     def test_the_data_directory(self, postgresql: Stage) -> None:
         lab = postgresql.lab
