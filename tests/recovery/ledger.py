@@ -115,6 +115,11 @@ class Ledger:
             if one.good and one.wrote:
                 self.acknowledged[one.identifier] = Acknowledged(one.ended, f"{traffic.run} {one.number}")
 
+    def sensitive(self) -> int:
+        """Return how many of these documents have a sensitive field."""
+        words = (one.text.split(maxsplit=2) for one in self.acknowledged.values())
+        return sum(len(found) > 2 and bool(private(int(found[1]))) for found in words)
+
     # What is there
 
     def _ask(self, statement: str) -> list[str]:
