@@ -431,8 +431,10 @@ class Host:
         if done.status:
             said = [line for line in (done.errors + "\n" + done.output).strip().splitlines() if line.strip()]
             why = explain(done.status, time.monotonic() - began, timeout)
+            # A message may have more lines, down to one that points at a column.
+            first = next((line for line in said if line.startswith("Error: ")), said[-1] if said else "")
             raise HostError(
-                f"atlas {' '.join(argv)} of deployment {number} failed ({why})" + (f": {said[-1]}" if said else "."),
+                f"atlas {' '.join(argv)} of deployment {number} failed ({why})" + (f": {first}" if first else "."),
                 said[-8:],
             )
         return done

@@ -555,3 +555,12 @@ def test_check_mode_renders_nothing_and_shows_what_would_change(host: Host, as_r
     result = atlas_deployment.apply(wanted(), host, True)
     assert result["changed"] and "a: 1" in result["diff"][0]["after"]
     assert os.listdir(host.root / "deployments") == [] and os.listdir(host.state) == []
+
+
+def test_a_command_that_fails_says_its_error_and_not_where_a_column_is(host: Host) -> None:
+    said = "Error: nothing was changed: no column x\nLINE 1: SELECT x\n               ^\n"
+    host.run = lambda *_, **__: Done(1, "", said)
+    with pytest.raises(HostError) as failed:
+        host.command(7, "blue", ["db", "migrate"], 5)
+    assert str(failed.value).endswith("(exit status 1): Error: nothing was changed: no column x")
+    assert len(failed.value.log) == 3
