@@ -129,6 +129,8 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.haproxy_runtime import Balancer, RuntimeFailure
 
 POLL_SECONDS = 0.5
+PATIENCE_SECONDS = 15.0
+"""On a busy host an answer or a heartbeat may be late once; what is wrong with a release stays so for longer."""
 KEY = "active"
 JOBS: dict[str, Any] = {"jobs": [0, 0]}
 
@@ -148,11 +150,13 @@ class App:
         self.host.look_after(self.gate, self.processes, self.began)
 
     def report(self) -> dict[str, list[float]]:
-        """Fail if the gate has become shut; return how jobs went, by deployment."""
-        shown = self.host.show(units(self.gate.slot))
-        fault = self.gate.fault(shown)
-        if fault:
-            raise HostError(f"{fault[0]}: {fault[1]}.", self.host.log(fault[0], self.began))
+        """Fail if the gate has become shut and stays so, or a service restarts meanwhile; return how jobs went, by deployment."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while fault := self.gate.fault(self.host.show(units(self.gate.slot))):
+            if time.monotonic() > deadline:
+                raise HostError(f"{fault[0]}: {fault[1]}.", self.host.log(fault[0], self.began))
+            time.sleep(POLL_SECONDS)
+            self.look()
         return canary.jobs(get(MONITORING_PORTS[self.gate.slot], "/metrics").text)
 
 

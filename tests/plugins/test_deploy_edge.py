@@ -283,3 +283,20 @@ def test_a_service_that_restarts_ends_the_watch_with_its_log(tmp_path: Path, mon
     with pytest.raises(HostError, match="atlas-core@green.service restarted") as error:
         deploy_watch.watch(params, app, None)
     assert error.value.log == ["killed"]
+
+
+@pytest.mark.parametrize("looks", [2, 1000])
+def test_only_a_fault_that_stays_ends_the_watch(looks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    late = iter([("atlas-core@green.service", "/health shows no live heartbeat")] * looks)
+    monkeypatch.setattr(deploy_watch, "PATIENCE_SECONDS", 1.5)
+    monkeypatch.setattr(deploy_watch, "get", lambda *_: Answer(200, {}, {}))
+    monkeypatch.setattr(Gate, "fault", lambda *_: next(late, None))
+    monkeypatch.setattr(Silent, "log", lambda *_: ["said last"])
+    params = {"slot": "green", "number": 5, "release": "r", "host": "app1", "seconds": 0.0}
+    app = deploy_watch.App(params, Silent(tmp_path, tmp_path))
+    if looks == 2:
+        assert deploy_watch.watch(params, app, None)["jobs"] == {}
+    else:
+        with pytest.raises(HostError, match="no live heartbeat") as error:
+            deploy_watch.watch(params, app, None)
+        assert error.value.log == ["said last"]
