@@ -1,0 +1,81 @@
+"""What is put wrong on a host is found by the operations checks, on that host, with a page; and the run fails."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from labtest import PROJECT, Lab
+
+HURT = {
+    "daily": """
+systemd-run --quiet --unit=planted-failure /bin/false || true
+logger --id=$$ -p daemon.err -t planted "thing 4711 of 198.51.100.7 broke, token=hush-hush-hush"
+""",
+    "weekly": "touch /run/reboot-required",
+    "monthly": """
+useradd --groups sudo planted
+systemd-run --quiet --unit=planted-listener python3 -m http.server --directory /var/empty 4444 || true
+cp /etc/ssh/ssh_host_ed25519_key /etc/ssh/ssh_host_planted_key; chmod 644 /etc/ssh/ssh_host_planted_key
+cp /bin/true /usr/local/bin/planted; chmod 4755 /usr/local/bin/planted
+nft add rule inet filter input tcp dport 4444 accept
+""",
+}
+MEND = """
+systemctl stop planted-listener; systemctl reset-failed planted-failure planted-listener
+userdel planted; rm -f /etc/ssh/ssh_host_planted_key /usr/local/bin/planted /run/reboot-required
+nft -f /etc/nftables.conf
+"""
+
+
+@contextmanager
+def hurt(lab: Lab, host: str, check: str) -> Iterator[None]:
+    """Put wrong on *host* what *check* has to find."""
+    try:
+        done = lab.ssh(host, f"mkdir -p /var/empty; {HURT[check]}")
+        assert done.returncode == 0, done.stderr
+        yield
+    finally:
+        lab.ssh(host, MEND)
+
+
+def findings(lab: Lab, check: str, host: str, *given: str) -> tuple[dict[str, str], str]:
+    """Run *check*, which has to fail; return kind → what was found on *host*, and the output."""
+    run = lab.playbook(f"ops_{check}", *given)
+    assert run.returncode == 2, run.stdout[-6000:]
+    report = json.loads(max((lab.folder / "ops").glob(f"{check}-*.json")).read_text())
+    found = {each["kind"]: each for each in report["findings"] if each["host"] == host}
+    for kind, each in found.items():
+        assert (PROJECT / each["page"]).is_file(), kind
+        assert each["look"] in run.stdout and each["mend"] in run.stdout and each["page"] in run.stdout, kind
+    return {kind: each["what"] for kind, each in found.items()}, run.stdout
+
+
+def test_daily_finds_a_failed_unit_a_new_error_and_a_full_disk(lab: Lab) -> None:
+    (host,) = lab.group("backup")
+    with hurt(lab, host, "daily"):
+        found, said = findings(lab, "daily", host, "-e", "ops_disk_percent=1")
+        assert found["unit-failed"].startswith("planted-failure.service has failed")
+        assert found["disk-full"].endswith("1 are allowed")
+        assert "thing N of ADDRESS broke, token *" in said and "hush" not in said
+        again, said = findings(lab, "daily", host)
+        assert "unit-failed" in again and "thing N of ADDRESS" not in said, "an error is new once"
+
+
+def test_weekly_finds_a_boot_that_waits(lab: Lab) -> None:
+    (host,) = lab.group("backup")
+    with hurt(lab, host, "weekly"):
+        found, _ = findings(lab, "weekly", host)
+        assert found["boot-pending"] == "has to boot: asked for by a package"
+
+
+def test_monthly_finds_what_should_not_be_there(lab: Lab) -> None:
+    (host,) = lab.group("backup")
+    with hurt(lab, host, "monthly"):
+        found, _ = findings(lab, "monthly", host)
+    assert "planted" in found["account-unexpected"]
+    assert "python3 listens on tcp/4444" in found["port-unexpected"]
+    assert "/etc/ssh/ssh_host_planted_key (0644, root)" in found["permissions-open"]
+    assert "lets in 4444" in found["firewall-differs"]
+    assert "/usr/local/bin/planted" in found["setuid-new"]

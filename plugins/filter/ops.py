@@ -1,0 +1,44 @@
+"""Filters of the operations checks: since when a journal is news, and what must not be in a report."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import ansible.module_utils
+
+_UTILITIES = str(Path(__file__).resolve().parent.parent / "module_utils")
+if _UTILITIES not in ansible.module_utils.__path__:
+    ansible.module_utils.__path__.append(_UTILITIES)
+
+from ansible.module_utils import ops_archive  # noqa: E402
+
+DOCUMENTATION = """
+name: ops_since
+short_description: The Unix time of the last report of a check, a day ago where there is none
+description: See C(plugins/module_utils/ops_archive.py).
+positional: _input, check
+options:
+  _input:
+    description: The directory of reports.
+    type: str
+    required: true
+  check:
+    description: The check.
+    type: str
+    required: true
+"""
+
+
+def since(directory: str, check: str) -> float:
+    """Return the Unix time from which on errors are news for *check*."""
+    return ops_archive.last(Path(directory), check) or time.time() - 86_400
+
+
+class FilterModule:
+    """Ansible's entry point to the filters."""
+
+    def filters(self) -> dict[str, Any]:
+        """Return the filters by name."""
+        return {"ops_since": since, "ops_secrets": ops_archive.secrets}

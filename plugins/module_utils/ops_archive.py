@@ -1,0 +1,89 @@
+"""The reports of operations checks as files of the controller: DIRECTORY/CHECK-TIME.json, one for each run, oldest pruned.
+
+A value of the vault file is hidden before, whatever the hosts said.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+KEPT = 400
+"""Reports of each check that stay: a year of days."""
+SHORT = 16
+"""Shorter strings of a vault file are names, and no secrets."""
+HIDDEN = "(hidden: a secret)"
+
+
+def load(directory: Path) -> list[dict[str, Any]]:
+    """Return the reports in *directory*, oldest first; what cannot be read is none."""
+    found = []
+    for path in directory.glob("*-*.json"):
+        try:
+            report = json.loads(path.read_text(encoding="utf-8"))
+            found.append((float(report["at"]), report))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return [report for _, report in sorted(found, key=lambda each: each[0])]
+
+
+def last(directory: Path, check: str) -> float | None:
+    """Return the Unix time of the last report of *check* in *directory*."""
+    for path in sorted(directory.glob(f"{check}-*.json"), reverse=True):
+        try:
+            return float(json.loads(path.read_text(encoding="utf-8"))["at"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return None
+
+
+def keep(report: Mapping[str, Any], directory: Path) -> Path:
+    """Write *report* to *directory*, whole or not at all, and return where."""
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    moment = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(float(report["at"])))
+    path = directory / f"{report['check']}-{moment}.json"
+    partial = path.with_suffix(".partial")
+    text = json.dumps(report, indent=1, sort_keys=True) + "\n"
+    with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
+        file.write(text)
+    partial.replace(path)
+    for old in sorted(directory.glob(f"{report['check']}-*.json"))[:-KEPT]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def hide(value: Any, secrets: Iterable[str]) -> Any:
+    """Return *value* with every one of *secrets* in it hidden."""
+    known = sorted(secrets, key=len, reverse=True)
+
+    def hidden(one: Any) -> Any:
+        if isinstance(one, Mapping):
+            return {str(hidden(str(key))): hidden(each) for key, each in one.items()}
+        if isinstance(one, (list, tuple)):
+            return [hidden(each) for each in one]
+        if isinstance(one, str):
+            for text in known:
+                one = one.replace(text, HIDDEN)
+        return one
+
+    return hidden(value)
+
+
+def secrets(values: Any) -> list[str]:
+    """Return the strings in *values* of a vault file that are secrets, whole and by line; shorter ones are names."""
+    return sorted({text for text in _strings(values) if len(text) >= SHORT})
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, Mapping):
+        for each in value.values():
+            yield from _strings(each)
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from _strings(each)
+    elif isinstance(value, str):
+        yield from (str(value), *value.splitlines())
