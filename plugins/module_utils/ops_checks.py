@@ -26,6 +26,7 @@ LEAST_REQUESTS = 1000
 """Fewer requests in a week say nothing about how quick or how often wrong they are."""
 KNOWN_KINDS = 1000
 OFF = ("MAINT", "DRAIN")
+_LOG = "log of the database|the one that is backed up here"
 Facts = Mapping[str, Mapping[str, Any]]
 Report = Mapping[str, Any]
 Rows = list[list[str]]
@@ -254,7 +255,7 @@ def _backups(j: Judgement) -> None:
     for host, report in reports.items():
         for line in backup_core.problems(report, j.now):
             job = line.split()[0]
-            kind = "backup-log" if "log of the database" in line else BACKUP_JOBS.get(job, "backup-failed")
+            kind = "backup-log" if re.search(_LOG, line) else BACKUP_JOBS.get(job, "backup-failed")
             if j.check == "daily" or job == "drill":
                 j.find(kind, host, f"backups: {line}")
         rows = [[job, *cells] for job, *cells in _jobs(report, j.now) if j.check == "daily" or job == "drill"]

@@ -10,6 +10,8 @@ from labtest import Lab, slot_in_service
 
 @pytest.mark.parametrize("check", ["daily", "weekly", "monthly"])
 def test_a_healthy_fleet_needs_nobody(lab: Lab, check: str) -> None:
+    if not lab.group("database"):
+        pytest.skip("tried with PostgreSQL and a backup host of its own alone")
     # In check mode the report is kept all the same: it is all that a check ever changes.
     run = lab.playbook(f"ops_{check}", *(["--check"] if check == "monthly" else []))
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
