@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import string
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from labtest import PROJECT, Lab
 
+WORD = uuid.uuid4().hex.translate(str.maketrans(string.digits, "ghijklmnop"))
+"""In an error that no earlier run on this lab had."""
 HURT = {
-    "daily": """
+    "daily": f"""
 systemd-run --quiet --unit=planted-failure /bin/false || true
-logger --id=$$ -p daemon.err -t planted "thing 4711 of 198.51.100.7 broke, token=hush-hush-hush"
+logger --id=$$ -p daemon.err -t planted "{WORD} 4711 of 198.51.100.7 broke, token=hush-hush-hush"
 """,
     "weekly": "touch /run/reboot-required",
     "monthly": """
@@ -58,7 +62,7 @@ def test_daily_finds_a_failed_unit_a_new_error_and_a_full_disk(lab: Lab) -> None
         found, said = findings(lab, "daily", host, "-e", "ops_disk_percent=1")
         assert found["unit-failed"].startswith("planted-failure.service has failed")
         assert found["disk-full"].endswith("1 are allowed")
-        assert "thing N of ADDRESS broke, token *" in said and "hush" not in said
+        assert f"{WORD} N of ADDRESS broke, token *" in said and "hush" not in said
 
 
 def test_weekly_finds_a_boot_that_waits(lab: Lab) -> None:
