@@ -15,7 +15,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 -include make/*.mk
 
-.PHONY: help bootstrap up down vault test test-full test-lab unit molecule rehearse
+.PHONY: help bootstrap up down vault test test-full test-lab unit molecule rehearse rotations
 
 help: ## this list
 	@echo "make COMMAND:"
@@ -52,9 +52,13 @@ FULL_SIZES := ATLAS_CRASH_DOCUMENTS=2000 ATLAS_BLOCKED_JOBS=100000 ATLAS_EXAMPLE
 test-full: ## the same at full size, the proofs of deploys and recovery, then the bench, whose targets are reported
 	@$(FULL_SIZES) $(MAKE) test
 	@$(VENV)/bin/pytest -q tests/rehearsal
+	@$(MAKE) rotations
 	@$(MAKE) proof
 	@$(FULL_SIZES) $(MAKE) recovery
 	@$(MAKE) bench
+
+rotations: bootstrap ## every kind of secret rotated under load, killed again and again: hours [LAB=NAME, one that is there]
+	@$(if $(filter command line,$(origin LAB)),ATLAS_ROTATION_LAB="$(LAB)") $(VENV)/bin/pytest -q -s tests/rotation
 
 test-lab: bootstrap ## a lab on this machine: raised, hurt in each named way, gone without a trace
 	@$(VENV)/bin/pytest -q tests/lab

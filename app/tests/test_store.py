@@ -19,7 +19,7 @@ from sqlalchemy.exc import DBAPIError
 from atlas import admission, migrations, presence
 from atlas.db import Database, rfc3339
 from atlas.schema import deployments, job_events, metadata, schema_revisions
-from atlas.settings import Identity, TokenLimits, TokenSpec
+from atlas.settings import Identity, Settings, TokenLimits, TokenSpec
 from atlas.tokens import Tokens
 
 
@@ -143,6 +143,14 @@ def test_postgresql_works_as_the_role(cluster: Cluster) -> None:
         assert connection.scalar(text(owner)) == "atlas"
         assert connection.scalar(text("SHOW idle_in_transaction_session_timeout")) == "30s"
     store.close()
+
+
+def test_the_login_travels_with_its_password() -> None:
+    url = "postgresql+psycopg://atlas_a@127.0.0.1:1/atlas"
+    given = {"environment": "development", "database_url": url, "database_password": "very-secret"}
+    for more, login in (({}, "atlas_a"), ({"database_login": "atlas_b"}, "atlas_b")):
+        url_used = Database(Settings(**given | more))._writer.url
+        assert (url_used.username, url_used.password) == (login, "very-secret")
 
 
 def test_the_password_stays_out_of_errors() -> None:

@@ -53,9 +53,22 @@ def slot_connections(settings: Mapping[str, Any], api_workers: int = 1) -> int:
     return api + int(settings.get("core_concurrency", 4)) + 14
 
 
+def login_roles(names: Iterable[str], logins: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the roles *names* of PostgreSQL, each with the password that *logins* (name, password) give it, if they do.
+
+    An empty entry of *logins* counts for nothing; a role without a password cannot log in.
+    """
+    passwords = {login["name"]: login["password"] for login in logins if login}
+    return [{"name": name} | ({"password": passwords[name]} if name in passwords else {}) for name in names]
+
+
 class FilterModule:
     """Ansible's entry point to the filters above."""
 
     def filters(self) -> dict[str, Any]:
         """Return the filters by name."""
-        return {"token_credentials": token_credentials, "slot_connections": slot_connections}
+        return {
+            "token_credentials": token_credentials,
+            "slot_connections": slot_connections,
+            "login_roles": login_roles,
+        }

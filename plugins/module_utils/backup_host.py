@@ -35,6 +35,8 @@ TOOL_SECONDS = 6 * 3600
 LOCK_SECONDS = 1800
 MARKS = 3
 """Attempts at a restore point, and at a drill, while housekeeping removes rows."""
+CURRENT, NEXT, PREVIOUS = "restic_password", "restic_password_next", "restic_password_previous"
+"""Credentials; the other two are there while the password is rotated."""
 JOBS = {"increment": "increment", "daily": "backup", "check": "check", "drill": "drill"}
 """Job -> the name under which it reports."""
 
@@ -54,11 +56,11 @@ class Backups:
 
     # Tools
 
-    def restic(self, doing: str, *arguments: str) -> str:
-        """Output of restic; BackupError with the cause if it fails."""
+    def restic(self, doing: str, *arguments: str, password: str = CURRENT) -> str:
+        """Output of restic; BackupError with the cause if it fails. *password*: name of the credential to open with."""
         environment = {
             "RESTIC_REPOSITORY": str(self.directory / "restic"),
-            "RESTIC_PASSWORD_FILE": str(Path(os.environ.get("CREDENTIALS_DIRECTORY", "/"), "atlas_restic_password")),
+            "RESTIC_PASSWORD_FILE": str(_credential(password)),
             "GOMAXPROCS": "1",
         }
         done = run(["restic", "--no-cache", *arguments], timeout=TOOL_SECONDS, env=environment)
@@ -126,6 +128,33 @@ class Backups:
                 f"missing repository: {repository} holds files but no config. Restore that file; nothing was changed."
             )
         self.restic("making the repository", "init")
+        return True
+
+    def keys(self) -> dict[str, Any]:
+        """Bring the repository's passwords to the credentials: one that is next opens it too, one that was previous no longer.
+
+        Keys of other people stay. The previous password is tried afterwards. Returns what was *added* and *removed*.
+        """
+        added, removed = False, False
+        if _credential(NEXT).exists() and not self._opens(NEXT):
+            self.restic("adding a password", "key", "add", "--new-password-file", str(_credential(NEXT)))
+            added = True
+        if _credential(PREVIOUS).exists() and self._opens(PREVIOUS):
+            found = json.loads(self.restic("listing keys", "key", "list", "--json", password=PREVIOUS))
+            own = [str(key["id"]) for key in found if key["current"]]
+            self.restic("removing a password", "key", "remove", *own)
+            removed = True
+        if _credential(PREVIOUS).exists() and self._opens(PREVIOUS):
+            raise BackupError("the previous password of the repository still opens it. See: restic key list")
+        return {"added": added, "removed": removed}
+
+    def _opens(self, password: str) -> bool:
+        try:
+            self.restic("opening the repository", "cat", "config", password=password)
+        except BackupError as error:
+            if "wrong password" in str(error):
+                return False
+            raise
         return True
 
     def room(self) -> int:
@@ -463,6 +492,10 @@ class Backups:
         return result
 
 
+def _credential(name: str) -> Path:
+    return Path(os.environ.get("CREDENTIALS_DIRECTORY", "/"), f"atlas_{name}")
+
+
 def _rows(taken: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return dict(next(iter(taken.values())).get("rows") or {}) if taken else {}
 
@@ -478,6 +511,7 @@ def main(arguments: Sequence[str]) -> int:
         ("check", "read every byte of the repository"),
         ("drill", "restore the newest backup to a scratch place and start its release on it"),
         ("points", "list what can be restored"),
+        ("keys", "bring the repository's passwords to the credentials, in a rotation"),
         ("report", "what was done and when"),
         ("receive-log", "PostgreSQL: receive its log, for as long as it comes"),
         ("restart-log", "PostgreSQL: take up its log anew, after a restore"),
@@ -527,6 +561,8 @@ def _perform(backups: Backups, options: argparse.Namespace) -> Any:
     with backups.lock():
         if verb == "init":
             return {"changed": backups.init()}
+        if verb == "keys":
+            return backups.keys()
         if verb == "prepare":
             at = core.parse_time(options.at) if options.at else None
             return backups.prepare(options.ticket, options.label, at, newest=not options.label and at is None)

@@ -56,7 +56,7 @@ class Proof:
             shutil.copyfile(scratch / "source" / "atlas.db", scratch / "trial.db")
             return self._try(program, scratch, f"sqlite:///{scratch}/trial.db", None, manifest, compare)
         with self._cluster(scratch) as socket:
-            url = f"postgresql+psycopg://atlas_a@/atlas?host={socket}"
+            url = f"postgresql+psycopg://{_login(socket)}@/atlas?host={socket}"
             found = self._try(program, scratch, url, "atlas", manifest, compare)
         self._settle(scratch / "pgdata")
         return found
@@ -168,21 +168,7 @@ class Proof:
                         if "FATAL" in line or "PANIC" in line
                     ]
                     raise core.explain("recovering the database", "\n".join(fatal) or log.read_text(errors="replace"))
-                asked = run(
-                    [
-                        "psql",
-                        "-XAtq",
-                        "-h",
-                        str(directory),
-                        "-U",
-                        "postgres",
-                        "-d",
-                        "postgres",
-                        "-c",
-                        "SELECT pg_is_in_recovery()",
-                    ],
-                    timeout=30,
-                )
+                asked = _ask(directory, "SELECT pg_is_in_recovery()")
                 if asked.status == 0 and asked.output.strip() == "f":
                     break
                 time.sleep(0.2)
@@ -214,6 +200,25 @@ class Proof:
                     if not Path(f"/proc/{number}").exists():
                         break
                     time.sleep(0.1)
+
+
+def _ask(socket: Path, statement: str) -> Any:
+    """Run *statement* as the superuser of the scratch database; its status, output and errors."""
+    return run(["psql", "-XAtq", "-h", str(socket), "-U", "postgres", "-d", "postgres", "-c", statement], timeout=30)
+
+
+def _login(socket: Path) -> str:
+    """Return the role with which the service logged in then: of its two, one has a login, except while a rotation goes on."""
+    asked = _ask(
+        socket,
+        "SELECT member.rolname FROM pg_auth_members JOIN pg_roles AS member ON member.oid = pg_auth_members.member "
+        "JOIN pg_roles AS owner ON owner.oid = roleid WHERE owner.rolname = 'atlas' AND member.rolcanlogin ORDER BY 1 LIMIT 1",
+    )
+    if not asked.output.strip():
+        raise BackupError(
+            f"the restored database has no login of the service: {asked.errors.strip() or 'none is a member of atlas'}"
+        )
+    return str(asked.output.strip())
 
 
 def _end(process: subprocess.Popen[bytes], how: signal.Signals) -> None:

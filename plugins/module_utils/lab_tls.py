@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from ansible.module_utils.labs import write_file
@@ -44,6 +44,23 @@ def ensure(directory: Path, lab: str, subnet: str, edges: Mapping[str, str]) -> 
             write_file(path, _public(certificate) + _private(key), 0o600)
             changes.append(f"certificate for {edge} issued")
     return changes
+
+
+def reissue(directory: Path, retired: Collection[str]) -> list[str]:
+    """Issue another certificate for each edge that has one of *retired* (SHA-256 fingerprints, hex); return those edges."""
+    now = datetime.datetime.now(datetime.UTC)
+    authority = _read(directory / "ca.pem", directory / "ca.key")
+    issued = []
+    for path in sorted(directory.glob("*.pem")) if authority else []:
+        known = _read(path, path)
+        if authority is None or known is None or known[0].fingerprint(hashes.SHA256()).hex() not in retired:
+            continue
+        names = known[0].extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        (address,) = names.get_values_for_type(x509.IPAddress)
+        certificate, key = _edge(path.stem, str(address), authority, now)
+        write_file(path, _public(certificate) + _private(key), 0o600)
+        issued.append(path.stem)
+    return issued
 
 
 Pair = tuple[x509.Certificate, ec.EllipticCurvePrivateKey]

@@ -437,7 +437,12 @@ class Lab:
 
     def _spec(self, host: str, record: Record) -> str:
         address, release = record.all_hosts()[host]
-        keys = [self.directory / "ssh_key.pub", self.directory / "host_keys" / f"{host}.pub"]
+        # The one that hosts were made with, where a rotation has replaced it in them.
+        made_with = self.directory / "ssh_key.made.pub"
+        keys = [
+            made_with if made_with.exists() else self.directory / "ssh_key.pub",
+            self.directory / "host_keys" / f"{host}.pub",
+        ]
         parts = [address, release, record.subnet, *(key.read_text(encoding="utf-8") for key in keys)]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 

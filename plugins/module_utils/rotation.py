@@ -7,13 +7,21 @@ killed anywhere is continued by the next, because each step is decided from thes
 from __future__ import annotations
 
 import datetime
+import functools
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from ansible.module_utils.vault_spec import random_fernet_key, random_token
+from ansible.module_utils.ssh_key import KeyFile
+from ansible.module_utils.vault_spec import (
+    BACKUP_LOGINS,
+    DATABASE_LOGINS,
+    random_fernet_key,
+    random_password,
+    random_token,
+)
 
-KINDS = ("tokens", "fernet", "vault")
+KINDS = ("tokens", "database", "backup", "fernet", "tls", "ssh", "vault")
 FERNET, ESCROW, TOKENS = "vault_atlas_fernet_keys", "vault_atlas_fernet_escrow", "vault_atlas_tokens"
 EVENT = "rotation"
 DONE = "finished"
@@ -23,13 +31,16 @@ State = Mapping[str, Any]
 
 
 class Step(NamedTuple):
-    """One step: first *deploy* (what the vault says now), then *commands* in service, then *note* in the journals, then *vault*.
+    """One step, in this order: *before*, *deploy* (what the vault says now), *after*, *commands* in service, *note*, *vault*.
 
-    *says*: for people. *ends*: whether the run has nothing more to do for this kind, be it over or waiting.
+    *says*: for people. *before* and *after*: what else is brought to what the vault says, see :class:`Hosts`. *ends*: whether the
+    run has nothing more to do for this kind, be it over or waiting.
     """
 
     says: str
+    before: tuple[str, ...] = ()
     deploy: bool = False
+    after: tuple[str, ...] = ()
     commands: tuple[tuple[str, ...], ...] = ()
     note: Mapping[str, Any] = {}
     vault: Vault | None = None
@@ -91,22 +102,30 @@ def fernet(vault: Vault, state: State, now: float, overlap: float, revoke: bool)
     key = keys[names.index(new)]
     others = [each for each in keys if each != key]
     if others and keys[0] != key:
-        first = vault | {FERNET: [key, *others]}
         return Step(
-            "the new key is known everywhere: it becomes the first", True, (), {"step": "added", "new": new}, first
+            "the new key is known everywhere: it becomes the first",
+            before=("backup",),
+            deploy=True,
+            note={"step": "added", "new": new},
+            vault=vault | {FERNET: [key, *others]},
         )
     if others:
-        commands = (("keys", "reencrypt", "--json"), ("keys", "retire-check", "--json"))
-        retired = vault | {FERNET: [key], ESCROW: [*others, *(vault.get(ESCROW) or [])]}
         return Step(
             "what older keys encrypted is encrypted anew; they retire",
-            True,
-            commands,
-            {"step": "reencrypted", "new": new},
-            retired,
+            before=("backup",),
+            deploy=True,
+            commands=(("keys", "reencrypt", "--json"), ("keys", "retire-check", "--json")),
+            note={"step": "reencrypted", "new": new},
+            vault=vault | {FERNET: [key], ESCROW: [*others, *(vault.get(ESCROW) or [])]},
         )
-    check = (("keys", "retire-check", "--json"),)
-    return Step("the old keys are gone", True, check, {"step": DONE, "new": new}, ends=True)
+    return Step(
+        "the old keys are gone",
+        before=("backup",),
+        deploy=True,
+        commands=(("keys", "retire-check", "--json"),),
+        note={"step": DONE, "new": new},
+        ends=True,
+    )
 
 
 # API tokens
@@ -124,14 +143,24 @@ def tokens(vault: Vault, state: State, now: float, overlap: float, revoke: bool)
         alone = [{key: value for key, value in entry.items() if key != "previous"} for entry in entries]
         expired = {"step": "expired"}
         return Step("the old tokens have expired: they are forgotten", note=expired, vault=vault | {TOKENS: alone})
+    names = ", ".join(str(entry["name"]) for entry in entries)
     if overlapping:
         until = datetime.datetime.fromtimestamp(max(overlapping) / 1000, datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
         return Step(
-            f"old and new tokens are good until {until}; run it again then", True, (), {"step": "overlap"}, ends=True
+            f"old and new tokens are good until {until}; run it again then",
+            before=("backup",),
+            deploy=True,
+            note={"step": "overlap"},
+            ends=True,
         )
     made = [fingerprint(entry["token"]) for entry in entries]
     if step in ("overlap", "expired") or (step == "revoked" and state.get("new") == made):
-        return Step("the old tokens are refused", True, (), {"step": DONE}, ends=True)
+        cut = (
+            f": cut off is who uses that of {names}, or a session of the status page that began with it"
+            if revoke
+            else ""
+        )
+        return Step(f"the old tokens are refused{cut}", before=("backup",), deploy=True, note={"step": DONE}, ends=True)
     until_ms = int((now + overlap) * 1000)
     renewed = []
     for entry in entries:
@@ -143,7 +172,109 @@ def tokens(vault: Vault, state: State, now: float, overlap: float, revoke: bool)
     return Step("new tokens are made", note=note, vault=vault | {TOKENS: renewed})
 
 
-MACHINES = {"fernet": fernet, "tokens": tokens}
+# Logins that take turns: the service's at its database, and the backup host's, with the password of the repository
+
+
+class Login(NamedTuple):
+    """One kind of login. *fields*: what changes at a rotation → its name in the vault. *logins*: the roles that take turns.
+
+    *next* and *previous*: names in the vault of what is good beside the login in use. *prepare*: makes the next one good.
+    *move*: brings its users to it; *deploy* where they are the service.
+    """
+
+    fields: Mapping[str, str]
+    logins: tuple[str, ...]
+    next: str
+    previous: str
+    prepare: tuple[str, ...]
+    move: tuple[str, ...] = ()
+    deploy: bool = False
+
+
+LOGINS = {
+    "database": Login(
+        {"name": "vault_atlas_database_login", "password": "vault_atlas_database_password"},  # pragma: allowlist secret
+        DATABASE_LOGINS,
+        "vault_atlas_database_next",
+        "vault_atlas_database_previous",
+        ("database", "backup"),
+        deploy=True,
+    ),
+    "backup": Login(
+        {
+            "name": "vault_backup_login",
+            "password": "vault_backup_database_password",  # pragma: allowlist secret
+            "repository_password": "vault_backup_repository_password",  # pragma: allowlist secret
+        },
+        BACKUP_LOGINS,
+        "vault_backup_next",
+        "vault_backup_previous",
+        ("database", "backup"),
+        move=("backup",),
+    ),
+}
+
+
+def login(kind: str, vault: Vault, state: State, now: float, overlap: float, revoke: bool) -> Step:
+    """Return the next step of a rotation of *kind*, a login: both are good until nobody uses the old one, then that one is not.
+
+    With *revoke* nobody is waited for: whoever still uses the old one is cut off.
+    """
+    of = LOGINS[kind]
+    present = {field: vault.get(name, of.logins[0]) for field, name in of.fields.items()}
+    rest = {name: value for name, value in vault.items() if name not in (of.next, of.previous)}
+    if vault.get(of.previous):
+        old = vault[of.previous]["name"]
+        return Step(
+            f"{present['name']} is in use everywhere"
+            + ("" if revoke else f", and nobody is logged in as {old} any more"),
+            deploy=of.deploy,
+            after=(*of.move, *(() if revoke else ("idle",))),
+            note={"step": "moved", "new": fingerprint(present["password"])},
+            vault=rest,
+        )
+    if following := vault.get(of.next):
+        made = {of.fields[field]: value for field, value in following.items()}
+        return Step(
+            f"{following['name']} can log in",
+            after=of.prepare,
+            note={"step": "added", "new": fingerprint(following["password"])},
+            vault=rest | made | {of.previous: present},
+        )
+    if state.get("step") == "moved" and state.get("new") == fingerprint(present["password"]):
+        return Step(
+            "the old password is refused",
+            after=(*of.prepare, "cut"),
+            note={"step": DONE, "new": fingerprint(present["password"])},
+            ends=True,
+        )
+    other = next(name for name in of.logins if name != present["name"])
+    coming = {field: random_password() for field in of.fields} | {"name": other}
+    return Step(
+        f"a new password is made, for {other}",
+        note={"step": "begun", "new": fingerprint(coming["password"])},
+        vault=rest | {of.next: coming},
+    )
+
+
+MACHINES: Mapping[str, Callable[[Vault, State, float, float, bool], Step]] = {
+    "fernet": fernet,
+    "tokens": tokens,
+    "database": functools.partial(login, "database"),
+    "backup": functools.partial(login, "backup"),
+}
+
+
+def inapplicable(groups: Mapping[str, Sequence[str]], tls: bool) -> dict[str, str]:
+    """Return kind → why it is not rotated in an environment with these *groups* (name → hosts); *tls*: edges serve HTTPS."""
+    found = {}
+    if not groups.get("database"):
+        found["database"] = "the store is SQLite, which has no passwords"
+    if not groups.get("backup"):
+        found["backup"] = "no host makes backups"
+    if not tls:
+        found["tls"] = "the edges serve no HTTPS (haproxy_tls)"
+    return found
 
 
 # For people
@@ -202,13 +333,42 @@ class Hosts(Protocol):
         """Return the last entry of the rotation of *kind* in the journals."""
 
     def deploy(self) -> None:
-        """Bring the release in service into service with what the vault says, unless it is; other deployments are revoked."""
+        """Bring the release in service into service with what the vault says, unless it is."""
 
-    def run(self, commands: Sequence[Sequence[str]]) -> None:
-        """Run commands of the service in the deployment in service."""
+    def do(
+        self,
+        kind: str,
+        acts: Sequence[str],
+        commands: Sequence[Sequence[str]] = (),
+        entry: Mapping[str, Any] | None = None,
+    ) -> Sequence[str]:
+        """Do *acts*, then run *commands* of the service, then append *entry* to every journal; return what was cut off.
 
-    def note(self, kind: str, entry: Mapping[str, Any]) -> None:
-        """Append an entry to every journal."""
+        *revoke*: other deployments than the one in service get current credentials if they ever come back. *database*: its roles
+        have the passwords of the vault, or none. *backup*: the backup host has its credentials, and the vault file in escrow.
+        *tls*: the edges serve the certificates of the inventory, and none of those in *old* of *entry*. *idle*: nobody is logged
+        in as the previous login of *kind* any more. *cut*: the sessions of who may not log in are ended.
+        """
+        ...
+
+    def certificates(self) -> Mapping[str, Mapping[str, str | None]]:
+        """Return edge → *served* and *wanted*: fingerprints of the certificate it serves and of the one in the inventory."""
+
+    @property
+    def issues(self) -> bool:
+        """Whether :meth:`issue` makes certificates; elsewhere that is up to the user."""
+
+    def issue(self, retired: Sequence[str]) -> None:
+        """Have others issued than the certificates *retired*."""
+
+    def key(self) -> KeyFile:
+        """Return the key with which Ansible connects."""
+
+    def let_in(self, key: KeyFile) -> None:
+        """Let the coming *key* in on every host, and reach each with it."""
+
+    def shut_out(self, key: KeyFile) -> None:
+        """Shut the one before *key* out on every host, and see that each refuses it."""
 
 
 class Secrets(Protocol):
@@ -231,25 +391,71 @@ class RotationError(Exception):
 MOST_STEPS = 8
 
 
+def ssh(hosts: Hosts) -> Iterator[str]:
+    """Replace the key with which Ansible connects: the new one is let in and tried everywhere before the old one is shut out."""
+    key = hosts.key()
+    if not under_way(hosts.state("ssh")):
+        key.forget()
+    new = key.make()
+    if not under_way(hosts.state("ssh")):
+        hosts.do("ssh", (), entry={"step": "begun", "new": new})
+    hosts.let_in(key)
+    key.put_in_place()
+    yield "the new key is let in, and every host was reached with it"
+    hosts.shut_out(key)
+    generation = int(hosts.state("ssh").get("generation", 0)) + 1
+    hosts.do("ssh", ("backup",), entry={"step": DONE, "new": new, "generation": generation})
+    key.forget()
+    yield "the old key is refused everywhere"
+
+
+def tls(hosts: Hosts) -> Iterator[str]:
+    """Replace the certificates of the edges: in a lab by new ones of its authority, elsewhere by what the user put in place."""
+    state, found = hosts.state("tls"), hosts.certificates()
+    going_on = under_way(state)
+    old = list(state["old"]) if going_on else sorted({str(each["served"]) for each in found.values() if each["served"]})
+    late = sorted(edge for edge, each in found.items() if each["wanted"] in old)
+    if late and not hosts.issues:
+        raise RotationError(
+            f"{', '.join(late)}: the certificate in the inventory is the one that is to be replaced. Put the new one in its place "
+            "(vault_haproxy_tls_pem, or the file that haproxy_tls_pem names: docs/how-to/tls.md), then run this again."
+        )
+    if not going_on:
+        hosts.do("tls", (), entry={"step": "begun", "old": old})
+    if late:
+        hosts.issue(old)
+    generation = int(hosts.state("tls").get("generation", 0)) + 1
+    hosts.do("tls", ("tls", "backup"), entry={"step": DONE, "old": old, "generation": generation})
+    yield f"{len(found)} edges serve another certificate, and none of the old ones"
+
+
 def rotate(kind: str, secrets: Secrets, hosts: Hosts, now: float, overlap: float, revoke: bool) -> Iterator[str]:
     """Rotate *kind*, and yield what is done, step by step. *now*: Unix time; *overlap*: seconds for which old tokens stay good."""
     if kind == "vault":
-        hosts.note(kind, {"step": "begun"})
+        hosts.do(kind, (), entry={"step": "begun"})
         yield secrets.rekey()
-        hosts.note(kind, {"step": DONE, "generation": int(hosts.state(kind).get("generation", 0)) + 1})
+        generation = int(hosts.state(kind).get("generation", 0)) + 1
+        hosts.do(kind, ("backup",), entry={"step": DONE, "generation": generation})
+        return
+    if kind in ("tls", "ssh"):
+        yield from {"tls": tls, "ssh": ssh}[kind](hosts)
         return
     for _ in range(MOST_STEPS):
         step = MACHINES[kind](secrets.read(), hosts.state(kind), now, overlap, revoke)
+        acts = [*step.before, *step.after]
         if step.deploy:
+            if step.before:
+                hosts.do(kind, step.before)
             hosts.deploy()
-        if step.commands:
-            hosts.run(step.commands)
-        if step.note:
-            more = {"generation": int(hosts.state(kind).get("generation", 0)) + 1} if step.note["step"] == DONE else {}
-            hosts.note(kind, {**step.note, **more})
+            acts = ["revoke", *step.after]
+        finished = step.note["step"] == DONE
+        generation = int(hosts.state(kind).get("generation", 0)) + 1
+        entry = {**step.note, **({"generation": generation} if finished else {})}
+        cut = hosts.do(kind, acts, step.commands, entry)
         if step.vault is not None:
             secrets.write(step.vault)
         yield step.says
+        yield from cut
         if step.ends:
             return
     raise RotationError(f"{kind}: this does not come to an end; see the journal: playbooks/status.yml")

@@ -42,17 +42,23 @@ def directory(name: str, project: Path) -> Path:
 
 
 def take(
-    inventory: Path, project: Path, key: str = "", look: bool = True, archives: Path | None = None
+    inventory: Path,
+    project: Path,
+    key: str = "",
+    look: bool = True,
+    archives: Path | None = None,
+    also: str = "release_",
 ) -> dict[str, Any]:
     """Return the survey of *inventory*. *key* (hex) makes fingerprints of secrets that two surveys can compare.
 
-    With *look* its hosts are looked at too, and the archive in service is fetched to *archives*. Raises SurveyError.
+    *also*: a further beginning of names of variables that are wanted. With *look* its hosts are looked at too, and the archive in
+    service is fetched to *archives*. Raises SurveyError.
     """
     with tempfile.TemporaryDirectory(prefix="atlas-survey-") as folder:
         file = Path(folder) / "survey.json"
         extra = {"survey_file": str(file), "survey_look": look, "survey_archives": str(archives or "")}
         owners = sorted(path.parent.name for path in project.glob("roles/*/tasks"))
-        extra["survey_names"] = f"^(promotion|release|rotation|{'|'.join(owners)})_"
+        extra["survey_names"] = f"^({also}|(promotion|release|rotation|{'|'.join(owners)})_)"
         command = [str(Path(sys.executable).with_name("ansible-playbook")), "-i", str(inventory)]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("ANSIBLE_")}
         environment |= {

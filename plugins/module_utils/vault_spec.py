@@ -12,7 +12,7 @@ import binascii
 import math
 import re
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,6 +108,28 @@ def _pem_weakness(value: Any) -> str | None:
     return None
 
 
+def _login_weakness(names: Collection[str], more: Collection[str] = ()) -> Callable[[Any], str | None]:
+    """Check of a login beside the one in use: name, password, and *more* passwords that change with it."""
+    keys = {"name", "password", *more}
+
+    def weakness(value: Any) -> str | None:
+        if not isinstance(value, Mapping) or set(value) != keys:
+            return f"must hold {', '.join(sorted(keys))}"
+        found = [_password_weakness(value[key]) for key in sorted(keys - {"name"})]
+        return next(filter(None, found), _name_weakness(names)(value["name"]))
+
+    return weakness
+
+
+def _name_weakness(names: Collection[str]) -> Callable[[Any], str | None]:
+    return lambda value: None if value in names else f"must be one of {', '.join(names)}"
+
+
+DATABASE_LOGINS = ("atlas_a", "atlas_b")
+BACKUP_LOGINS = ("atlas_backup", "atlas_backup_b")
+"""Roles of PostgreSQL that take turns: the first is in use until the first rotation."""
+
+
 @dataclass(frozen=True)
 class Secret:
     """One entry of the vault file; one that nobody can *make* is optional."""
@@ -130,6 +152,13 @@ SECRETS = (
     # Retired keys, deployed nowhere: a backup from before their rotation needs them.
     Secret("vault_atlas_fernet_escrow", None, _fernet_weakness),
     Secret("vault_haproxy_tls_pem", None, _pem_weakness),
+    # Whose the password is: no secret, but the two change together. And, while a rotation goes on, what is good beside it.
+    Secret("vault_atlas_database_login", None, _name_weakness(DATABASE_LOGINS)),
+    Secret("vault_atlas_database_next", None, _login_weakness(DATABASE_LOGINS)),
+    Secret("vault_atlas_database_previous", None, _login_weakness(DATABASE_LOGINS)),
+    Secret("vault_backup_login", None, _name_weakness(BACKUP_LOGINS)),
+    Secret("vault_backup_next", None, _login_weakness(BACKUP_LOGINS, ["repository_password"])),
+    Secret("vault_backup_previous", None, _login_weakness(BACKUP_LOGINS, ["repository_password"])),
 )
 OPTIONAL = {secret.name for secret in SECRETS if secret.make is None}
 

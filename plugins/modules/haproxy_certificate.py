@@ -38,6 +38,10 @@ certificate:
   description: C(names) that it is for, C(expires) (RFC 3339) and C(fingerprint) (SHA-256).
   type: dict
   returned: always
+served:
+  description: Fingerprint of the certificate that was there before, or null.
+  type: str
+  returned: always
 loaded:
   description: Whether the running HAProxy presents it; false means that it will read the file when it starts or reloads.
   type: bool
@@ -80,6 +84,7 @@ def apply(params: dict[str, Any], check: bool) -> dict[str, Any]:
     return {
         "changed": changed,
         "certificate": wanted.report(),
+        "served": before.get("fingerprint"),
         "loaded": now is not None,
         "diff": [
             {

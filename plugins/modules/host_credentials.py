@@ -71,9 +71,13 @@ def render(directory: Path, credentials: dict[str, str]) -> None:
             file.write(done.output)
             file.flush()
             os.fsync(file.fileno())
-    shutil.rmtree(directory, ignore_errors=True)
+    old = directory.with_name(f".{directory.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if directory.exists():
+        directory.rename(old)
     partial.rename(directory)
     sync_directory(directory.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def main() -> None:

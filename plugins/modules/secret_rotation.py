@@ -58,14 +58,17 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ansible.module_utils import promotion_plan, release, release_pin, rotation, survey
+from ansible.module_utils import lab_tls, promotion_plan, release, release_pin, rotation, survey
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.controller import controller
 from ansible.module_utils.labs import write_file
+from ansible.module_utils.ssh_key import KeyFailure, KeyFile
 from ansible.module_utils.vault_file import VaultError, VaultFile
 
 ARCHIVES = Path("dist/pinned")
@@ -75,21 +78,26 @@ SECONDS = 7200
 class Fleet:
     """The hosts of one environment, by playbooks that run in processes of their own."""
 
-    def __init__(self, inventory: Path, project: Path) -> None:
-        self.inventory, self.project = inventory, project
-        self.found = survey.take(inventory, project, archives=project / ARCHIVES)
+    def __init__(self, inventory: Path, project: Path, secrets: VaultFile) -> None:
+        self.inventory, self.project, self.secrets = inventory, project, secrets
+        self.found = survey.take(inventory, project, archives=project / ARCHIVES, also="ansible_ssh_private_key_file")
         journals = {host: self.found["facts"].get(host, {}).get("journal", []) for host in self.found["hosts"]}
         self.states = rotation.states(journals)
         moments = [str(journal[0]["at"]) for journal in journals.values() if journal]
         self.first = min(map(rotation.unix, moments), default=None)
         self.log = project / ".cache" / "rotation" / f"{self.found['environment']}.log"
 
+        groups, variables = self.found["groups"], self.found["variables"]
+        tls = any(variables[edge].get("haproxy_tls") for edge in groups.get("edge", []))
+        self.inapplicable = rotation.inapplicable(groups, tls)
+        self.key_files = {str(each.get("ansible_ssh_private_key_file") or "") for each in variables.values()}
+
     def state(self, kind: str) -> rotation.State:
         """Return the last entry of the rotation of *kind*."""
         return self.states[kind]
 
     def deploy(self) -> None:
-        """Deploy the release in service with what the vault says now."""
+        """Deploy the release in service with what the vault says now; its predecessor, with old credentials, is not kept warm."""
         serving = promotion_plan.source_release(self.found)
         if not serving["id"]:
             raise rotation.RotationError("Nothing is in service, so nothing uses the secrets: deploy first.")
@@ -97,23 +105,88 @@ class Fleet:
             archive = release_pin.find(self.project / "dist", serving)
         except (release_pin.PinError, release.ReleaseError) as error:
             raise rotation.RotationError(str(error)) from None
-        self.play("deploy.yml", {"release": str(archive)})
-        self.play("rotate_hosts.yml", {"rotate_commands": [], "rotate_entry": {}, "rotate_revoke": True})
+        self.play("deploy.yml", {"release": str(archive), "deploy_warm_seconds": 0})
 
-    def run(self, commands: Sequence[Sequence[str]]) -> None:
-        """Run *commands* of the service on one host."""
-        listed = [list(words) for words in commands]
-        self.play("rotate_hosts.yml", {"rotate_commands": listed, "rotate_entry": {}, "rotate_revoke": False})
+    def do(
+        self,
+        kind: str,
+        acts: Sequence[str],
+        commands: Sequence[Sequence[str]] = (),
+        entry: Mapping[str, Any] | None = None,
+    ) -> list[str]:
+        """Do *acts*, run *commands*, append *entry* to every journal, in one run of a playbook; return what was cut off."""
+        whole = {"kind": kind, "order": time.time_ns(), "by": controller()["holder"], **entry} if entry else {}
+        of = rotation.LOGINS.get(kind)
+        previous = self.secrets.read().get(of.previous) if of and "idle" in acts else None
+        with tempfile.TemporaryDirectory(prefix="atlas-rotation-") as folder:
+            answer = Path(folder) / "cut.json"
+            variables = {
+                "rotate_acts": list(acts),
+                "rotate_commands": [list(words) for words in commands],
+                "rotate_entry": whole,
+                "rotate_old": list(whole.get("old", [])),
+                "rotate_login": previous["name"] if previous else "",
+                "rotate_answer": str(answer),
+            }
+            self.play("rotate_hosts.yml", variables)
+            cut = json.loads(answer.read_text(encoding="utf-8")) if answer.exists() else []
+        if entry:
+            now = time.time()
+            at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now))
+            self.states[kind] = {**self.states[kind], **whole, "at": at}
+            if entry["step"] == rotation.DONE:
+                self.states[kind] |= {"finished_at": now}
+        return [
+            f"cut off: {each['sessions']} sessions of {each['role']} from {each['address']} ({each['program']})"
+            for each in cut
+        ]
 
-    def note(self, kind: str, entry: Mapping[str, Any]) -> None:
-        """Append *entry* to every journal."""
-        whole = {"kind": kind, "order": time.time_ns(), **entry}
-        self.play("rotate_hosts.yml", {"rotate_commands": [], "rotate_entry": whole, "rotate_revoke": False})
-        now = time.time()
-        at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now))
-        self.states[kind] = {**self.states[kind], **whole, "at": at}
-        if entry["step"] == rotation.DONE:
-            self.states[kind]["finished_at"] = now
+    @property
+    def is_lab(self) -> bool:
+        """Whether this is a lab, whose files are this project's to change."""
+        return self.inventory.parent.parent.name == ".lab" and (self.inventory.parent / "lab.json").is_file()
+
+    def certificates(self) -> dict[str, dict[str, str | None]]:
+        """Return edge → fingerprints of the certificate it serves and of the one in the inventory."""
+        with tempfile.TemporaryDirectory(prefix="atlas-rotation-") as folder:
+            answer = Path(folder) / "certificates.json"
+            self.play("rotate_certificates.yml", {"rotate_answer": str(answer)})
+            found: dict[str, dict[str, str | None]] = json.loads(answer.read_text(encoding="utf-8"))
+        return found
+
+    @property
+    def issues(self) -> bool:
+        """Whether certificates come from the authority of a lab."""
+        return self.is_lab
+
+    def issue(self, retired: Sequence[str]) -> None:
+        """Have the lab's authority issue others than *retired*."""
+        lab_tls.reissue(self.inventory.parent / "tls", retired)
+
+    def key(self) -> KeyFile:
+        """Return the key file that the inventory names for every host."""
+        (name, *others) = self.key_files
+        path = Path(name).expanduser()
+        if others or not name or not path.is_file():
+            raise rotation.RotationError(
+                "Which key is to be replaced is not clear: ansible_ssh_private_key_file has to name one file for all hosts, in group_vars/all "
+                f"(now: {', '.join(sorted(self.key_files)) or 'none'}). A key in an agent or with a passphrase is replaced by hand: "
+                "docs/how-to/secrets.md"
+            )
+        return KeyFile(path)
+
+    def let_in(self, key: KeyFile) -> None:
+        """Let the coming *key* in on every host, and reach each with it."""
+        made_with = key.path.with_name(f"{key.path.name}.made.pub")
+        if self.is_lab and not made_with.exists():
+            # By the key that a lab's hosts were made with it is told that they are still the wanted ones.
+            write_file(made_with, key.path.with_name(f"{key.path.name}.pub").read_text(encoding="utf-8"))
+        coming = key.next if key.next.exists() else key.path
+        self.play("rotate_keys.yml", {"rotate_let_in": key.public(coming), "rotate_key": str(coming)})
+
+    def shut_out(self, key: KeyFile) -> None:
+        """Shut the one before *key* out on every host, and see that each refuses it."""
+        self.play("rotate_keys.yml", {"rotate_shut_out": key.public(key.previous), "rotate_key": str(key.previous)})
 
     def play(self, playbook: str, variables: Mapping[str, Any]) -> None:
         """Run *playbook*; what it prints is appended to the log."""
@@ -151,7 +224,8 @@ def main() -> None:
         supports_check_mode=True,
     )
     params = module.params
-    kinds = list(rotation.KINDS) if params["kinds"] == ["all"] else params["kinds"]
+    is_all = params["kinds"] == ["all"]
+    kinds = list(rotation.KINDS) if is_all else params["kinds"]
     unknown = [kind for kind in kinds if kind not in rotation.KINDS]
     if unknown:
         known = ", ".join(rotation.KINDS)
@@ -164,8 +238,12 @@ def main() -> None:
         secrets = VaultFile(inventory, project)
         with (secrets.backups / ".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            fleet = Fleet(inventory, project)
-            for kind in [] if module.check_mode else kinds:
+            fleet = Fleet(inventory, project, secrets)
+            reasons = dict(fleet.inapplicable)
+            if is_all and fleet.key_files == {""}:
+                reasons["ssh"] = "the inventory names no ansible_ssh_private_key_file. By hand: docs/how-to/secrets.md"
+            lines += [f"{kind:8} is not rotated here: {reasons[kind]}" for kind in kinds if kind in reasons]
+            for kind in [] if module.check_mode else [kind for kind in kinds if kind not in reasons]:
                 for line in rotation.rotate(
                     kind, secrets, fleet, time.time(), params["overlap_hours"] * 3600, params["revoke"]
                 ):
@@ -174,7 +252,7 @@ def main() -> None:
                         tell_lab(inventory, secrets)
     except BlockingIOError:
         module.fail_json(msg="Another rotation of this environment is running on this machine.")
-    except (survey.SurveyError, rotation.RotationError, VaultError) as error:
+    except (survey.SurveyError, rotation.RotationError, VaultError, KeyFailure) as error:
         so_far = "\n".join(lines) or "nothing"
         module.fail_json(
             msg=f"{error}\nDone so far: {so_far}\nMend the cause, then run the same again: it goes on from there."

@@ -11,7 +11,7 @@ import pytest
 from ansible.module_utils import backup_core as core
 from ansible.module_utils import release
 from ansible.module_utils.backup_core import BackupError
-from ansible.module_utils.backup_host import Backups
+from ansible.module_utils.backup_host import CURRENT, Backups
 from ansible.module_utils.backup_wal import Wal
 
 LIMITS = {"backup": 100, "increment": 100, "check": 100, "drill": 100}
@@ -37,7 +37,7 @@ class Recorded(Backups):
         self.told: list[dict[str, Any]] = []
         self.snapshots, self.broken = snapshots or [], broken
 
-    def restic(self, doing: str, *arguments: str) -> str:
+    def restic(self, doing: str, *arguments: str, password: str = CURRENT) -> str:
         self.asked.append(arguments[0])
         if arguments[0] == self.broken:
             raise core.explain(doing, "Fatal: no space left on device")

@@ -368,6 +368,15 @@ def issue(edge: Edge) -> str:
     return (directory / "new.pem").read_text()
 
 
+def test_another_certificate_is_issued_for_a_retired_one_alone(tmp_path: Path) -> None:
+    lab_tls.ensure(tmp_path, "check", "127.0.0.0/8", {"one": "127.0.0.1", "two": "127.0.0.2"})
+    found = [inspect_certificate((tmp_path / f"{name}.pem").read_text()) for name in ("one", "two")]
+    assert lab_tls.reissue(tmp_path, [found[0].fingerprint]) == ["one"]
+    now = [inspect_certificate((tmp_path / f"{name}.pem").read_text()) for name in ("one", "two")]
+    assert now[0].fingerprint != found[0].fingerprint and now[0].names == found[0].names and now[1] == found[1]
+    assert lab_tls.ensure(tmp_path, "check", "127.0.0.0/8", {"one": "127.0.0.1", "two": "127.0.0.2"}) == []
+
+
 def test_a_new_certificate_is_presented_without_a_reload(encrypted: Edge) -> None:
     path = str(encrypted.directory / "tls/edge.pem")
     worker = encrypted.balancer.runtime.ask("show info").split("Pid: ")[1].split()[0]

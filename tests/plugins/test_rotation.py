@@ -19,6 +19,8 @@ from ansible.module_utils import rotation, vault_file
 from ansible.module_utils.lab_inventory import encrypt_vault
 from ansible.module_utils.labs import LabError
 from ansible.module_utils.rotation import DONE, ESCROW, FERNET, TOKENS, fingerprint
+from ansible.module_utils.ssh_key import KeyFailure, KeyFile
+from ansible.module_utils.ssh_key import fingerprint as ssh_fingerprint
 from ansible.module_utils.vault_file import VaultError, VaultFile
 from ansible.module_utils.vault_spec import generate, random_fernet_key, random_password, value_errors
 from ansible.parsing.vault import VaultLib, VaultSecret
@@ -55,10 +57,22 @@ class World:
         self.deployed = json.loads(json.dumps(self.vault))
         self.rows = [fingerprint(self.vault[FERNET][0])] * 5
         self.journal: list[dict[str, Any]] = []
+        # What else holds secrets: PostgreSQL (role → password), the backup host (what it logs in with), its repository.
+        self.roles: dict[str, str] = {}
+        self.backup = json.loads(json.dumps(self.vault))
+        self.opens = {self.vault["vault_backup_repository_password"]}
+        self.sessions: set[str] = set()
+        self.cut: list[str] = []
+        self.served = self.certificate = "certificate"
+        self.file: Any = None
+        self.made = ""
+        self.lets_in: set[str] = set()
+        self.set_roles()
         self.deadline = -1
         self.after = False
         self.changes = 0
         self.password = 0
+        self.revoking = False
         self.now = NOW
 
     def change(self, effect: Callable[[], None]) -> None:
@@ -77,6 +91,22 @@ class World:
         kept = [*self.vault[FERNET], *self.vault.get(ESCROW, [])]
         assert set(self.deployed[FERNET]) <= set(kept)
         assert set(self.rows) <= {fingerprint(key) for key in self.deployed[FERNET]}
+        if not self.revoking:
+            for holder, kind in ((self.deployed, "database"), (self.backup, "backup")):
+                name, password = logged_in(holder, kind)
+                assert self.roles.get(name) == password, f"{kind}: who uses {name} is refused"
+        assert self.backup["vault_backup_repository_password"] in self.opens
+        assert set(self.rows) <= {fingerprint(key) for key in [*self.backup[FERNET], *self.backup.get(ESCROW, [])]}
+
+    def set_roles(self) -> None:
+        """PostgreSQL as the inventory makes it of the vault."""
+        self.roles = {}
+        for kind, of in rotation.LOGINS.items():
+            name, password = logged_in(self.vault, kind)
+            self.roles[name] = password
+            for other in (self.vault.get(of.next), self.vault.get(of.previous)):
+                if other:
+                    self.roles[other["name"]] = other["password"]
 
     # Secrets
 
@@ -107,19 +137,72 @@ class World:
 
         self.change(effect)
 
+    def do(
+        self,
+        kind: str,
+        acts: Sequence[str],
+        commands: Sequence[Sequence[str]] = (),
+        entry: Mapping[str, Any] | None = None,
+    ) -> Sequence[str]:
+        cut: list[str] = []
+        if "tls" in acts:
+            assert entry and self.certificate not in entry["old"]
+        for act in acts:
+            self.change(lambda act=act: cut.extend(self.act(kind, act)))  # type: ignore[misc]
+        if commands:
+            self.change(lambda: self.run(commands))
+        if entry:
+            # The clock of journals has whole seconds.
+            at = {"at": "2027-01-15T08:00:00Z", "order": len(self.journal)}
+            self.change(lambda: self.journal.append({"event": "rotation", "kind": kind, **at, **entry}))
+        return cut
+
+    def act(self, kind: str, act: str) -> list[str]:
+        if act == "database":
+            self.set_roles()
+        if act == "backup":
+            self.backup = self.read()
+            if following := self.vault.get("vault_backup_next"):
+                self.opens.add(following["repository_password"])
+            if previous := self.vault.get("vault_backup_previous"):
+                self.opens.discard(previous["repository_password"])
+        if act == "tls":
+            self.served = self.certificate
+        if act == "idle":
+            of = rotation.LOGINS[kind]
+            assert self.vault[of.previous]["name"] != logged_in(self.deployed if of.deploy else self.backup, kind)[0]
+        if act == "cut":
+            gone = sorted(name for name in self.sessions if name not in self.roles)
+            self.sessions -= set(gone)
+            return [f"cut off: {name}" for name in gone]
+        return []
+
     def run(self, commands: Sequence[Sequence[str]]) -> None:
-        def effect() -> None:
-            first = fingerprint(self.deployed[FERNET][0])
-            if ("keys", "reencrypt") in {tuple(words[:2]) for words in commands}:
-                self.rows = [first for _ in self.rows]
-            if any(row != first for row in self.rows):
-                raise rotation.RotationError("retire-check: some are not under the newest key")
+        first = fingerprint(self.deployed[FERNET][0])
+        if ("keys", "reencrypt") in {tuple(words[:2]) for words in commands}:
+            self.rows = [first for _ in self.rows]
+        if any(row != first for row in self.rows):
+            raise rotation.RotationError("retire-check: some are not under the newest key")
 
-        self.change(effect)
+    issues = True
 
-    def note(self, kind: str, entry: Mapping[str, Any]) -> None:
-        whole = {"event": "rotation", "kind": kind, "at": "2027-01-15T08:00:00Z", "order": len(self.journal), **entry}
-        self.change(lambda: self.journal.append(whole))
+    def certificates(self) -> dict[str, dict[str, str | None]]:
+        return {"edge1": {"served": self.served, "wanted": self.certificate}}
+
+    def issue(self, retired: Sequence[str]) -> None:
+        if self.certificate in retired:
+            self.change(lambda: setattr(self, "certificate", f"certificate {self.changes}"))
+
+    def key(self) -> Any:
+        return self.file
+
+    def let_in(self, key: KeyFile) -> None:
+        coming = key.next if key.next.exists() else key.path
+        self.change(lambda: self.lets_in.add(key.public(coming)))
+
+    def shut_out(self, key: KeyFile) -> None:
+        assert key.public(key.path) in self.lets_in
+        self.change(lambda: self.lets_in.discard(key.public(key.previous)))
 
     # As users see it
 
@@ -128,6 +211,12 @@ class World:
         specs = json.loads(token_credentials(self.deployed[TOKENS]))
         ends = {spec["sha256"]: spec.get("expires_at") for spec in specs}
         return {sha: end for sha, end in ends.items() if end is None or end > self.now * 1000}
+
+
+def logged_in(vault: Mapping[str, Any], kind: str) -> tuple[str, str]:
+    """Role and password with which who holds the secrets of *vault* logs in."""
+    of = rotation.LOGINS[kind]
+    return vault.get(of.fields["name"], of.logins[0]), vault[of.fields["password"]]
 
 
 def run(world: World, kind: str, revoke: bool = False) -> list[str]:
@@ -156,14 +245,23 @@ def length(kind: str, revoke: bool) -> int:
 
 CASES = [
     (kind, revoke, point, after)
-    for kind, revoke in (("fernet", False), ("tokens", False), ("tokens", True), ("vault", False))
+    for kind, revoke in (
+        ("fernet", False),
+        ("tokens", False),
+        ("tokens", True),
+        ("vault", False),
+        ("database", False),
+        ("database", True),
+        ("backup", False),
+        ("tls", False),
+    )
     for point in range(1, length(kind, revoke) + 1)
     for after in (False, True)
 ]
 
 
 def test_there_are_ten_points_and_more_to_be_killed_at() -> None:
-    assert length("fernet", False) >= 10 and len(CASES) >= 40
+    assert min(length(kind, False) for kind in ("fernet", "database", "backup")) >= 10 and len(CASES) >= 40
 
 
 @pytest.mark.parametrize(("kind", "revoke", "point", "after"), CASES)
@@ -175,11 +273,21 @@ def test_a_rotation_that_was_killed_goes_on(kind: str, revoke: bool, point: int,
     rotated(world, kind, revoke)
     assert world.deadline <= 0, "it was never killed"
     assert not rotation.under_way(world.state(kind)) and world.state(kind)["generation"] == 1
-    assert world.deployed == world.read()
+    for name in (FERNET, TOKENS, *rotation.LOGINS["database"].fields.values()):
+        assert world.deployed.get(name) == world.vault.get(name)
+    assert world.backup == world.read(), "the backup host has other secrets, or another vault file in escrow"
     if kind == "fernet":
         (key,) = world.vault[FERNET]
         assert key not in old[FERNET] and set(world.rows) == {fingerprint(key)}
         assert set(old[FERNET]) <= set(world.vault[ESCROW])
+    if kind in rotation.LOGINS:
+        of = rotation.LOGINS[kind]
+        name, password = logged_in(old, kind)
+        assert name not in world.roles and password not in world.roles.values()
+        assert logged_in(world.vault, kind)[0] == of.logins[1] and not {of.next, of.previous} & set(world.vault)
+        assert world.opens == {world.vault["vault_backup_repository_password"]}
+        assert (world.vault["vault_backup_repository_password"] in old.values()) == (kind == "database")
+    assert (world.served == "certificate") == (kind != "tls") and world.served == world.certificate
     if kind == "tokens":
         assert not old_tokens & set(world.accepted()) and len(world.accepted()) == len(old_tokens)
         assert [set(entry) for entry in world.vault[TOKENS]] == [{"name", "token", "scopes", "limits"}]
@@ -234,6 +342,95 @@ def test_keys_that_were_there_before_retire_too() -> None:
     world.deployed = world.read()
     run(world, "fernet")
     assert len(world.vault[FERNET]) == 1 and len(world.vault[ESCROW]) == 2
+
+
+@pytest.mark.parametrize("kind", list(rotation.LOGINS))
+def test_two_logins_take_turns(kind: str) -> None:
+    world = World()
+    names = []
+    for _ in range(3):
+        run(world, kind)
+        names.append(logged_in(world.vault, kind)[0])
+    first, second = rotation.LOGINS[kind].logins
+    assert names == [second, first, second] and world.state(kind)["generation"] == 3
+
+
+def test_who_is_still_logged_in_is_cut_off_and_named_when_that_was_asked_for() -> None:
+    world = World()
+    world.sessions = {"atlas_a"}
+    said = run(world, "database", revoke=True)
+    assert "cut off: atlas_a" in said and world.sessions == set()
+
+
+def test_a_certificate_is_the_users_to_replace_where_no_authority_is_at_hand() -> None:
+    world = World()
+    world.issues = False
+    with pytest.raises(
+        rotation.RotationError, match="edge1: the certificate in the inventory is the one .*docs/how-to/tls.md"
+    ):
+        run(world, "tls")
+    assert world.journal == []
+    world.certificate = "the user's"
+    run(world, "tls")
+    assert world.served == "the user's" and world.state("tls")["step"] == DONE
+
+
+class Steps(KeyFile):
+    """A key file whose every change counts as one of the world."""
+
+    world: World
+
+    def make(self) -> str:
+        made = super().make
+        self.world.change(lambda: setattr(self.world, "made", made()))
+        return str(self.world.made)
+
+    def put_in_place(self) -> None:
+        self.world.change(super().put_in_place)
+
+    def forget(self) -> None:
+        self.world.change(super().forget)
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("point", range(1, 9))
+def test_a_key_that_is_replaced_never_shuts_its_owner_out(tmp_path: Path, point: int, after: bool) -> None:
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "us", "-f", str(tmp_path / "key")], check=True)
+    world = World()
+    world.file = Steps(tmp_path / "key")
+    world.file.world = world
+    old = world.file.public(world.file.path)
+    world.lets_in = {old, "somebody else's"}
+    world.deadline, world.after = point, after
+    try:
+        run(world, "ssh")
+    except Killed:
+        assert world.file.public(world.file.path) in world.lets_in, "locked out"
+        assert world.file.path.stat().st_mode & 0o777 == 0o600
+        run(world, "ssh")
+    new = world.file.public(world.file.path)
+    assert new != old and world.lets_in == {new, "somebody else's"} and new.endswith(" us")
+    assert world.state("ssh")["new"] == ssh_fingerprint(new) and world.state("ssh")["step"] == DONE
+    shown = subprocess.run(
+        ["ssh-keygen", "-y", "-f", str(tmp_path / "key")], check=True, capture_output=True, text=True
+    )
+    assert shown.stdout.split()[1] == new.split()[1], "the two halves are of two keys"
+
+
+def test_a_key_with_a_passphrase_is_left_alone(tmp_path: Path) -> None:
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "passphrase", "-f", str(tmp_path / "key")], check=True)
+    with pytest.raises(KeyFailure, match="passphrase"):
+        KeyFile(tmp_path / "key").make()
+    assert {path.name for path in tmp_path.iterdir()} == {"key", "key.pub"}
+
+
+def test_what_an_environment_has_no_use_for_is_not_rotated() -> None:
+    assert set(rotation.inapplicable({"app": ["one"], "database": [], "backup": []}, False)) == {
+        "database",
+        "backup",
+        "tls",
+    }
+    assert rotation.inapplicable({"database": ["db1"], "backup": ["backup1"]}, True) == {}
 
 
 def test_ages_are_judged_by_the_policy() -> None:

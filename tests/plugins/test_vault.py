@@ -37,6 +37,14 @@ def test_generated_values_pass_their_own_checks_and_differ() -> None:
         ("vault_atlas_tokens", [{"name": "a", "token": "atl_short", "scopes": []}], "malformed"),
         ("vault_atlas_tokens", [{"name": "a", "token": "atl_" + "x" * 43, "scopes": ["root"]}], "unknown scopes: root"),
         ("vault_atlas_tokens", [{"name": "a"}], "needs name, token and scopes"),
+        ("vault_atlas_database_login", "postgres", "must be one of atlas_a, atlas_b"),
+        ("vault_atlas_database_next", {"name": "atlas_b"}, "must hold name, password"),
+        ("vault_atlas_database_next", {"name": "root", "password": STRONG}, "must be one of"),
+        (
+            "vault_backup_previous",
+            {"name": "atlas_backup", "password": STRONG, "repository_password": "a"},
+            "too short",
+        ),
         ("vault_haproxy_tls_pem", "-----BEGIN CERTIFICATE-----\nx\n-----END CERTIFICATE-----\n", "its private key"),
     ],
 )
@@ -55,6 +63,14 @@ def test_only_a_token_that_says_so_is_without_limits() -> None:
     assert [{key: entry[key] for key in entry.keys() & {"limits"}} for entry in made] == list(given)
     [operator] = generate()["vault_atlas_tokens"]
     assert json.loads(token_credentials([operator]))[0]["limits"] is None
+
+
+def test_a_login_role_has_a_password_or_none() -> None:
+    login_roles = run_path(str(PROJECT / "plugins/filter/atlas.py"))["login_roles"]
+    assert login_roles(["a", "b"], [{"name": "b", "password": "x"}, {}]) == [
+        {"name": "a"},
+        {"name": "b", "password": "x"},
+    ]
 
 
 def test_missing_and_unknown_entries_are_named() -> None:

@@ -142,7 +142,10 @@ CASES = {
     "postgresql/pg_hba.conf.j2": Case(
         "/etc/postgresql/check_hba.conf",
         "true",
-        {"postgresql_client_addresses": ["192.0.2.31"], "postgresql_login_roles": [{"name": "atlas_a"}]},
+        {
+            "postgresql_client_addresses": ["192.0.2.31"],
+            "postgresql_login_roles": [{"name": "atlas_a"}, {"name": "atlas_b"}],
+        },
     ),
     "postgresql/postgresql.service.conf.j2": Case(
         "/etc/systemd/system/postgresql@.service.d/50-atlas.conf",

@@ -94,8 +94,10 @@ class Database:
     def __init__(self, settings: Settings, threads: int = 1, clock: Callable[[], int] | None = None) -> None:
         """`threads`: how many of this process use it at once; on PostgreSQL it opens so many connections and SPARE."""
         secret = settings.database_password
+        url = make_url(settings.database_url)
+        is_postgresql = url.get_backend_name() == "postgresql"
         self._open(
-            make_url(settings.database_url),
+            url.set(username=settings.database_login) if is_postgresql and settings.database_login else url,
             secret.get_secret_value() if secret else None,
             settings.database_role,
             threads + SPARE,

@@ -30,7 +30,7 @@ from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSett
 from sqlalchemy import make_url
 from sqlalchemy.exc import ArgumentError
 
-CREDENTIALS = ("fernet_keys", "database_password", "tokens")
+CREDENTIALS = ("fernet_keys", "database_login", "database_password", "tokens")
 
 
 class SettingsError(Exception):
@@ -143,6 +143,8 @@ class Settings(BaseSettings):
     backup_status_path: str | None = None
 
     fernet_keys: SecretStr = SecretStr("")
+    # Whose the password is, where it is not that of the user in database_url: the two are rotated together.
+    database_login: str | None = Field(default=None, pattern="^[a-z_][a-z0-9_]*$")
     database_password: SecretStr | None = None
     tokens: list[TokenSpec] = []
 
