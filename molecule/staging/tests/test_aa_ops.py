@@ -1,4 +1,7 @@
-"""What is put wrong on a host is found by the operations checks, on that host, with a page; and the run fails."""
+"""The operations checks: on a healthy fleet they need nobody, change nothing and show no secret; what is put wrong they find.
+
+They come first here: later tests hurt the fleet in ways that the checks rightly report.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,8 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from labtest import PROJECT, Lab
+import pytest
+from labtest import PROJECT, Lab, slot_in_service
 
 WORD = uuid.uuid4().hex.translate(str.maketrans(string.digits, "ghijklmnop"))
 """In an error that no earlier run on this lab had."""
@@ -54,6 +58,24 @@ def findings(lab: Lab, check: str, host: str, *given: str) -> tuple[dict[str, st
         assert (PROJECT / each["page"]).is_file(), kind
         assert each["look"] in run.stdout and each["mend"] in run.stdout and each["page"] in run.stdout, kind
     return {kind: each["what"] for kind, each in found.items()}, run.stdout
+
+
+@pytest.mark.parametrize("check", ["daily", "weekly", "monthly"])
+def test_a_healthy_fleet_needs_nobody(lab: Lab, check: str) -> None:
+    # In check mode the report is kept all the same: it is all that a check ever changes.
+    run = lab.playbook(f"ops_{check}", *(["--check"] if check == "monthly" else []))
+    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+    assert "Nothing needs a person." in run.stdout
+    recap = [line for line in run.stdout.splitlines() if "changed=" in line]
+    assert recap and all("changed=0" in line and "unreachable=0" in line for line in recap), recap
+    newest = max((lab.folder / "ops").glob(f"{check}-*.json"))
+    text = newest.read_text()
+    report = json.loads(text)
+    assert report["hosts"] == sorted(lab.hosts) and report["findings"] == []
+    assert lab.token not in text
+    if check == "monthly":
+        for host in lab.group("app"):
+            assert f"atlas-api@{slot_in_service(lab, host)}.service" in report["keeps"]["exposure"][host]
 
 
 def test_daily_finds_a_failed_unit_a_new_error_and_a_full_disk(lab: Lab) -> None:
