@@ -73,9 +73,9 @@ def test_unconfirmed_returns_by_itself(host: Container) -> None:
     assert call(host, "apply", good, 60).returncode == 0
     assert call(host, "confirm", good).returncode == 0
     before = live(host)
-    assert call(host, "apply", bad, 1).returncode == 0
+    assert call(host, "apply", bad, 5).returncode == 0
     assert "dport 81 accept" in live(host)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while live(host) != before:
         assert time.monotonic() < deadline, "the previous firewall did not come back"
         time.sleep(0.1)
