@@ -176,7 +176,7 @@ SPOILINGS = {
     ),
     "contracts": Spoiling(
         "it has a contract migration, after which no release before it can serve",
-        _migration("contract", "op.create_table('contracted', sa.Column('id', sa.Integer))"),
+        _migration("contract", "op.add_column('documents', sa.Column('contracted', sa.Integer))"),
     ),
 }  # fmt: skip
 

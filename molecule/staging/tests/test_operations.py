@@ -8,49 +8,12 @@ import sys
 import time
 
 from labtest import PROJECT, Lab, deployment
+from patchtest import OFFER, OFFER_HAPROXY, PUBLISH, booted, on
 
 sys.path.insert(0, str(PROJECT))
 
 from tests.load.traffic import Traffic  # noqa: E402
 from tests.load.verdict import Verdict  # noqa: E402
-
-# A package that nobody has, in version 1 installed and in version 2 on offer; on request version 2 wants a boot.
-OFFER = """
-set -e
-repository=/var/local/atlas-check
-rm -rf "$repository"; mkdir -p "$repository"; cd "$repository"
-for version in 1 2; do
-  tree=$(mktemp -d); mkdir "$tree/DEBIAN"; chmod 755 "$tree"
-  printf 'Package: atlas-check\\nVersion: %s\\nArchitecture: all\\nMaintainer: none <none@localhost>\\nDescription: check\\n' \\
-    "$version" > "$tree/DEBIAN/control"
-  if [ "$version" = 2 ] && [ -n "{boot}" ]; then
-    printf '#!/bin/sh\\necho atlas-check >> /run/reboot-required.pkgs\\ntouch /run/reboot-required\\n' > "$tree/DEBIAN/postinst"
-    chmod 755 "$tree/DEBIAN/postinst"
-  fi
-  dpkg-deb --build "$tree" "atlas-check_$version.deb" > /dev/null
-done
-dpkg --install atlas-check_1.deb > /dev/null
-"""
-# The package that is installed, with a higher version: the maintainer's scripts are the real ones.
-OFFER_HAPROXY = """
-set -e
-repository=/var/local/atlas-check
-rm -rf "$repository"; mkdir -p "$repository"; cd "$repository"; chmod 777 .
-apt-get -qq update; apt-get -qq download haproxy
-tree=$(mktemp -d); dpkg-deb --raw-extract haproxy_*.deb "$tree"; rm haproxy_*.deb
-sed -i 's/^Version: .*/&+check1/' "$tree/DEBIAN/control"
-dpkg-deb --build "$tree" haproxy_check.deb > /dev/null
-"""
-PUBLISH = """
-for deb in $(ls *_2.deb haproxy_check.deb 2> /dev/null); do
-  dpkg-deb --field "$deb"
-  printf 'Filename: ./%s\\nSize: %s\\nSHA256: %s\\n\\n' "$deb" "$(stat -c %s "$deb")" "$(sha256sum "$deb" | cut -d' ' -f1)"
-done > Packages
-printf 'Origin: Debian\\nLabel: Debian-Security\\nSuite: check-security\\nDate: %s\\nSHA256:\\n %s %s Packages\\n' \\
-  "$(date -Ru)" "$(sha256sum Packages | cut -d' ' -f1)" "$(stat -c %s Packages)" > Release
-chmod -R a+rX "$repository"
-echo "deb [trusted=yes] file:$repository ./" > /etc/apt/sources.list.d/atlas-check.list
-"""
 
 
 def load(lab: Lab, rate: float) -> Traffic:
@@ -61,17 +24,6 @@ def lossless(verdict: Verdict, least: int) -> None:
     print(verdict)
     assert verdict.good, str(verdict)
     assert verdict.figures["sent"] >= least, "too few requests to say anything"
-
-
-def on(lab: Lab, host: str, script: str) -> str:
-    done = lab.ssh(host, script)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
-
-
-def booted(lab: Lab, host: str) -> str:
-    """When the first process of *host* began."""
-    return on(lab, host, "cut -d' ' -f22 /proc/1/stat")
 
 
 def exchange_certificates(lab: Lab) -> set[str]:
