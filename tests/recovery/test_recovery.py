@@ -1,33 +1,40 @@
-"""Whatever is destroyed while documents arrive comes back from the repository, but for the last moments. Half an hour.
+"""Whatever is destroyed while documents arrive comes back from the repository, but for the last moments. About 40 minutes.
 
-    make recovery                                     # few documents
+    make recovery                                     # both stores, few documents
     ATLAS_RECOVERY_DOCUMENTS=100000 make recovery     # as make test-full
 
-In a lab in the shape of staging documents are taken in, then more of them one by one, and at a moment drawn anew each time
-something is destroyed: the host of the database, every host but the backup host. What is asserted, each time: nothing that had
-been archived is lost, no document was changed, each was finished exactly once. What was measured is printed, and kept in reports/recovery-STORE.json.
+Each store has a lab of its own, in the shape of staging (PostgreSQL) or on one host (SQLite). In it, documents are taken in,
+then more of them one by one, and at a moment drawn anew each time something is destroyed: the data directory, the host of the
+database, every host. What is asserted, each time: nothing that had been archived is lost, no document was changed, each was
+finished exactly once. What was measured is printed, and kept in reports/recovery-STORE.json.
 
 With LAB_NAME an existing lab serves, and stays.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import os
 import random
+import re
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from backuptest import REPOSITORY, run
-from labtest import PROJECT, Lab, sql
+from ansible.module_utils.backup_core import parse_time
+from backuptest import REPOSITORY, fails, replace_credential, return_credential, run, without_timers
+from labtest import PROJECT, Lab, poll, sql
 
 from tests.load.traffic import Traffic
+from tests.load.verdict import percentiles
 from tests.recovery.ledger import Findings, Ledger
 
 DOCUMENTS = int(os.environ.get("ATLAS_RECOVERY_DOCUMENTS", "1000"))
@@ -36,7 +43,22 @@ RATE = 20.0
 """Documents per second while it is."""
 LOG_SECONDS = 60.0
 """What PostgreSQL may lose."""
+INTERVAL_SECONDS = 20.0
+"""Between two copies of a SQLite store here; it may lose that, and what a copy takes."""
+TIMER_SECONDS = 5.0
+"""By which the timer may be late (AccuracySec)."""
+QUICK = ["-e", f"backup_sqlite_interval={INTERVAL_SECONDS:.0f}s"]
+CALM_SECONDS = 60.0
 PLAYBOOK_SECONDS = 3600.0
+BACKUP_LOOP = """rm -f /run/proof-ends
+while [ ! -e /run/proof-ends ]; do atlas-backup take --base > /dev/null || exit 1; echo taken; done"""
+POINT = """
+- hosts: app
+  gather_facts: false
+  tasks:
+    - ansible.builtin.include_role: {name: backup, tasks_from: restore_point}
+      vars: {backup_label: by-hand}
+"""
 pytestmark = pytest.mark.timeout(4 * 3600)
 
 
@@ -70,6 +92,25 @@ class Stage:
         named = ["-e", f"lab_environment={self.environment}", "-e", f"lab_name={self.lab.name}"]
         done = self.lab.run("ansible-playbook", "-i", "localhost,", "playbooks/lab.yml", *named)
         assert done.returncode == 0, done.stdout + done.stderr
+
+    def carry_off(self, file: Path) -> None:
+        """Copy the repository to *file*, as one does to a disk that is kept elsewhere: while no job runs."""
+        tar = f"tar -C / --exclude={REPOSITORY[1:]}/scratch -cf - {REPOSITORY[1:]}"
+        with file.open("wb") as out:
+            subprocess.run(
+                self.lab.command(self.backup, "flock", f"{REPOSITORY}/lock", *tar.split()),
+                stdout=out,
+                check=True,
+                timeout=1800,
+            )
+
+    def bring_back(self, file: Path) -> None:
+        """Put that copy in place on the new backup host, as root's: nobody knows there whose it was."""
+        with file.open("rb") as source:
+            subprocess.run(
+                self.lab.command(self.backup, "tar", "-C", "/", "--no-same-owner", "-xf", "-"),
+                stdin=source, check=True, timeout=1800,
+            )  # fmt: skip
 
     def playbook(self, name: str, *given: str) -> str:
         """Run a playbook that has to succeed; its output."""
@@ -165,6 +206,51 @@ def raised(environment: str, store: str) -> Iterator[Lab]:
         subprocess.run(["make", "down", f"LAB={name}"], cwd=PROJECT, check=True, capture_output=True)
 
 
+@contextlib.contextmanager
+def page(lab: Lab) -> Iterator[None]:
+    """The newest base backup has wrong bytes in the table of documents."""
+    assert run(lab, "backup1", "take", "--base")[0] == 0
+    place = sql(lab, "db1", "SELECT pg_relation_filepath('documents')")
+    base = lab.ssh("backup1", f"ls -d {REPOSITORY}/barman/atlas/base/*/ | tail -1").stdout.strip()
+    file = f"{base}data/{place}"
+    _ran(
+        lab, "backup1", f"cp -a {file} /root/page && printf XXXX | dd of={file} bs=1 seek=6000 conv=notrunc status=none"
+    )
+    try:
+        yield
+    finally:
+        _ran(lab, "backup1", f"cp -a /root/page {file}")
+
+
+@contextlib.contextmanager
+def key(lab: Lab) -> Iterator[None]:
+    """The backup host has another key."""
+    replace_credential(lab, "backup1", "fernet_keys", base64.urlsafe_b64encode(b"k" * 32).decode())
+    try:
+        yield
+    finally:
+        return_credential(lab, "backup1", "fernet_keys")
+
+
+@contextlib.contextmanager
+def schema(lab: Lab) -> Iterator[None]:
+    """The store says that it was migrated beyond the release."""
+    sql(
+        lab, "db1", "UPDATE alembic_version SET version_num = '9999';"
+        "INSERT INTO schema_revisions (revision, phase, applied_at) VALUES ('9999', 'contract', 1)",
+    )  # fmt: skip
+    try:
+        yield
+    finally:
+        sql(
+            lab, "db1", "DELETE FROM schema_revisions WHERE revision = '9999';"
+            "UPDATE alembic_version SET version_num = (SELECT max(revision) FROM schema_revisions)",
+        )  # fmt: skip
+
+
+HURTS = {"page": page, "key": key, "schema": schema}
+
+
 @pytest.fixture(scope="class")
 def postgresql() -> Iterator[Stage]:
     """Five hosts with PostgreSQL, and documents in it; the backup host has a base backup of before most of them."""
@@ -175,8 +261,76 @@ def postgresql() -> Iterator[Stage]:
         yield stage
 
 
+@pytest.fixture(scope="class")
+def sqlite() -> Iterator[Stage]:
+    """One host with SQLite, and documents in it, which is copied often."""
+    with raised("development", "sqlite") as lab:
+        stage = Stage("development", lab, "dev1", "dev1", None)
+        stage.playbook("site", *QUICK)
+        stage.figures["documents_per_second"] = round(stage.ledger.fill(DOCUMENTS), 1)
+        status, found = run(lab, "dev1", "increment")
+        assert status == 0, found
+        yield stage
+
+
 class TestPostgresql:
     """The log arrives as it is written."""
+
+    def test_p99_of_ingestion_under_a_backup_that_never_ends(self, postgresql: Stage) -> None:
+        """A report, and no target: but not one request may fail."""
+        lab, found = postgresql.lab, {}
+        with Traffic(lab.folder / "access.json", RATE, slow_seconds=0) as traffic:
+            time.sleep(CALM_SECONDS)
+            began = time.time()
+            backing_up = lab.start(postgresql.backup, BACKUP_LOOP)
+            time.sleep(CALM_SECONDS)
+            ended = time.time()
+            lab.ssh(postgresql.backup, "touch /run/proof-ends")
+            taken = backing_up.communicate(timeout=600)[0].split().count("taken")
+        postgresql.ledger.add(traffic)
+        for name, since, until in (("without", began - CALM_SECONDS, began), ("under backup", began, ended)):
+            values = percentiles([one.latency for one in traffic.outcomes if since <= one.due < until])
+            found[name] = {key: round(1000 * value, 1) for key, value in values.items()}
+        postgresql.note("latency of POST in ms", {**found, "base_backups": taken})
+        assert taken > 0 and backing_up.returncode == 0
+        assert traffic.judge().good, traffic.judge()
+
+    @pytest.mark.parametrize(
+        ("hurt", "cause"),
+        [
+            ("page", "damaged repository"),
+            ("key", "need a key that is not in the keyring"),
+            ("schema", "the schema is at 9999"),
+        ],
+    )
+    def test_a_drill_fails(self, postgresql: Stage, hurt: str, cause: str) -> None:
+        """On SQLite the same is shown by molecule/default/tests/test_backup.py."""
+        lab = postgresql.lab
+        with without_timers(lab, postgresql.backup), HURTS[hurt](lab):
+            fails(lab, postgresql.backup, poll, "drill", cause)
+        postgresql.well()
+
+    def test_a_backup_host_that_was_never_provisioned_is_named(self, postgresql: Stage, tmp_path: Path) -> None:
+        lab, program = postgresql.lab, "/usr/local/sbin/atlas-backup"
+        book = tmp_path / "point.yml"
+        book.write_text(POINT)
+        _ran(lab, postgresql.backup, f"mv {program} /root/")
+        try:
+            done = lab.run("ansible-playbook", "-i", str(lab.inventory), str(book))
+        finally:
+            _ran(lab, postgresql.backup, f"mv /root/atlas-backup {program}")
+        assert done.returncode != 0
+        assert "No restore point on backup1: it has no backup program yet. Run playbooks/site.yml" in done.stdout
+
+    def test_the_data_directory(self, postgresql: Stage) -> None:
+        lab = postgresql.lab
+        outcome = postgresql.survive(
+            "data directory",
+            lambda: _ran(lab, "db1", "systemctl kill -s KILL 'postgresql@*'; rm -rf /var/lib/postgresql/*/main"),
+            "restore.yml", lambda: postgresql.playbook("restore", "-e", "confirm=staging"),
+        )  # fmt: skip
+        assert outcome.found.rpo(outcome.last) <= LOG_SECONDS
+        postgresql.well()
 
     def test_the_database_host(self, postgresql: Stage) -> None:
         """Before it is recovered it is provisioned, as one might who does not think of backups: its new log takes no old one's place."""
@@ -205,6 +359,73 @@ class TestPostgresql:
         )  # fmt: skip
         assert outcome.found.rpo(outcome.last) <= LOG_SECONDS
         postgresql.well()
+
+    def test_every_host_with_a_copy_of_the_repository(self, postgresql: Stage, tmp_path: Path) -> None:
+        everything_with_a_copy(postgresql, tmp_path, [])
+
+
+class TestSqlite:
+    """The store is copied every so often."""
+
+    def test_the_data_directory(self, sqlite: Stage) -> None:
+        lab = sqlite.lab
+        kill = "systemctl kill -s KILL 'atlas-*@blue.service' 'atlas-*@green.service'; rm -rf /var/lib/atlas/*"
+        outcome = sqlite.survive(
+            "data directory", lambda: _ran(lab, "dev1", kill),
+            "restore.yml", lambda: sqlite.playbook("restore", "-e", "confirm=development"),
+        )  # fmt: skip
+        no_more_than_an_interval(sqlite, outcome, outcome.destroyed_at)
+        sqlite.well()
+
+    def test_the_whole_host_with_a_copy_of_the_repository(self, sqlite: Stage, tmp_path: Path) -> None:
+        everything_with_a_copy(sqlite, tmp_path, QUICK)
+
+
+def everything_with_a_copy(stage: Stage, folder: Path, given: list[str]) -> None:
+    """Nothing is left but a copy of the repository, in which the vault file is as well, and the password."""
+    copy = folder / "repository.tar"
+    vault = stage.lab.inventory / "group_vars" / "all" / "vault.yml"
+    copied_at = 0.0
+
+    def destroy() -> None:
+        nonlocal copied_at
+        copied_at = time.time()
+        stage.carry_off(copy)
+        stage.destroy(list(stage.lab.hosts))
+        vault.unlink()
+        shutil.rmtree(PROJECT / ".cache" / "recovered", ignore_errors=True)
+
+    def mend() -> str:
+        stage.bring_back(copy)
+        return stage.playbook("recover", "-e", f"confirm={stage.environment}", *given)
+
+    def replace() -> None:
+        escrow = ["tar", "-xOf", str(copy), f"{REPOSITORY[1:]}/escrow/vault.yml"]
+        vault.write_bytes(subprocess.run(escrow, check=True, capture_output=True).stdout)
+        stage.replace()
+
+    outcome = stage.survive("every host", destroy, "recover.yml", mend, replace)
+    if stage.database:
+        assert outcome.found.rpo(copied_at) <= LOG_SECONDS
+    else:
+        no_more_than_an_interval(stage, outcome, copied_at)
+    stage.well()
+
+
+def no_more_than_an_interval(stage: Stage, outcome: Outcome, at: float) -> None:
+    """Assert that all is there that was acknowledged before the copy that was restored, and that it was as new as promised *at* that time."""
+    match = re.search(r"is at ([0-9TZ:-]+)\. What was replaced", outcome.said)
+    assert match, outcome.said
+    copied = parse_time(match[1])
+    assert all(lost >= copied for lost in outcome.found.lost)
+    status, report = run(stage.lab, stage.backup, "report")
+    assert status == 0
+    assert at - copied <= INTERVAL_SECONDS + TIMER_SECONDS + report["jobs"]["increment"]["seconds"] + 1
+
+
+def _ran(lab: Lab, host: str, script: str) -> None:
+    done = lab.ssh(host, script)
+    assert done.returncode == 0, done.stderr
 
 
 def _half_received(lab: Lab) -> str:
