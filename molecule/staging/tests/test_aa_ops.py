@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import string
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 from labtest import PROJECT, Lab, slot_in_service
@@ -35,6 +36,12 @@ systemctl stop planted-listener; systemctl reset-failed planted-failure planted-
 userdel planted; rm -f /etc/ssh/ssh_host_planted_key /usr/local/bin/planted /run/reboot-required
 nft -f /etc/nftables.conf
 """
+
+
+@pytest.fixture(scope="module", autouse=True)
+def reported(lab: Lab, wait_for: Callable[..., Any]) -> None:
+    """Wait for the first report of a new backup host: until then the checks rightly say that there is none."""
+    wait_for(lambda: "increment" in lab.http("GET", "/health").body["backup"]["jobs"], 180, "backups have reported")
 
 
 @contextmanager
