@@ -252,7 +252,6 @@ def test_stats_count_by_state_and_priority(queue: Queue, clock: Clock) -> None:
     assert stats.depth["ready"] == {0: 0, 1: 0, 2: 2}
     assert (stats.total("ready"), stats.total("running"), stats.total("dead")) == (2, 0, 0)
     assert stats.oldest_ready_seconds == 7
-    assert stats.events == {"finished": 1}
 
 
 def test_events_are_append_only(queue: Queue, database: Database) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -186,7 +187,9 @@ class Metrics(Collector):
             },
         )
         yield _labelled("atlas_queue_oldest_seconds", "Age of the oldest job in a state.", ["state"], sample.ages)
-        events = dict.fromkeys(("finished", "failed", "lost", "died"), 0) | dict(stats.events)
+        events = Counter(dict.fromkeys(("finished", "failed", "lost", "died"), 0))
+        for found in sample.outcomes.values():
+            events.update(found)
         yield _labelled("atlas_queue_recent_events", "Job events of the last five minutes.", ["event"], events)
         yield _labelled(
             "atlas_queue_deployment_events",

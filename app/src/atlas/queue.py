@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sqlalchemy import (
@@ -156,14 +156,10 @@ class Which:
 
 @dataclass(frozen=True)
 class QueueStats:
-    """`depth` by state (ready, running, dead) and priority; ages in seconds; events of the last five minutes.
-
-    `detail` are the counts that `depth` is made of.
-    """
+    """`depth` by state (ready, running, dead) and priority; ages in seconds; `detail` are the counts it is made of."""
 
     depth: Mapping[str, Mapping[int, int]]
     oldest_ready_seconds: float
-    events: Mapping[str, int] = field(default_factory=dict)
     detail: Sequence[counts.Count] = ()
 
     def total(self, state: str) -> int:
@@ -595,13 +591,8 @@ class Queue:
                 if count.state in depth:
                     depth[count.state][count.priority] += count.n
             oldest = connection.execute(_OLDEST).one()
-            recent = connection.execute(
-                select(job_events.c.event, func.count())
-                .where(job_events.c.at > now - 300_000)
-                .group_by(job_events.c.event)
-            )
             waits = max(0, *(now - (at or now) for at in oldest))
-            return QueueStats(depth, waits / 1000, dict(recent.all()), found)
+            return QueueStats(depth, waits / 1000, found)
 
     def job(self, job_id: int) -> dict[str, Any] | None:
         """One job as it is now, with the events of its past; None if there is none."""

@@ -123,7 +123,6 @@ def detail(shared: State) -> dict[str, Any]:
             **{name: stats.total(name) for name in ("ready", "running", "dead")},
             "limit": shared.settings.queue_limit,
             "oldest_ready_seconds": stats.oldest_ready_seconds,
-            "recent": dict(stats.events),
         }
         with shared.database.read() as connection:
             found["keyring"] |= progress(connection, shared.keyring).as_dict()
