@@ -170,12 +170,18 @@ class Bench:
             "plain_settings_slot": slot,
             "plain_slot": "green" if slot == "blue" else "blue",
         }
-        argv = ["ansible-playbook", "-i", str(self.lab.inventory), "tests/bench/plain.yml", "-e", json.dumps(variables)]
+
+        def play_plain(tag: str, number: int = 0) -> float:
+            extra = json.dumps(variables | {"plain_release": f"{number:03}"})
+            return run(
+                "ansible-playbook", "-i", str(self.lab.inventory), "tests/bench/plain.yml", "-e", extra, "--tags", tag
+            )  # fmt: skip
+
         self._idle("stop")
-        run(*argv, "--tags", "prepare")
-        run(*argv, "--tags", "deploy")
-        taken = statistics.median(run(*argv, "--tags", "deploy") for _ in range(self.repeats))
-        run(*argv, "--tags", "remove")
+        play_plain("prepare")
+        play_plain("deploy")
+        taken = statistics.median(play_plain("deploy", 1 + number) for number in range(self.repeats))
+        play_plain("remove")
         self.add(f"a plain role, {MANY} hosts one by one", taken, note="upload, unpack, venv, link, restart, health")
         return taken
 

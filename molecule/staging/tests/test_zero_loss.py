@@ -84,7 +84,13 @@ class Campaign:
         self.tasks = dict.fromkeys(STRATEGIES, 0)
         self.moments = random.Random(SEED)  # noqa: S311 - uneven, and the same each time
         self.kills = 0
+        self.began = time.monotonic()
         (self.release,) = releases_in_service(lab)
+
+    def say(self, what: str) -> None:
+        """Show how far it is: this may take hours."""
+        minutes, seconds = divmod(int(time.monotonic() - self.began), 60)
+        print(f"  {minutes:3}:{seconds:02} {self.traffic.traffic.sent():7,} requests  {what}", flush=True)
 
     def other(self) -> str:
         """Return the good release that is not in service."""
@@ -95,18 +101,19 @@ class Campaign:
         release = self.other()
         step = deploy(self.lab, self.names[release], strategy).succeeded()
         self.tasks[strategy] = step.output.count("\nTASK [")
-        self._arrived(step, release)
+        self._arrived(step, release, strategy)
 
     def roll_back(self) -> None:
         """Return to the last good deployment, which is of the other release."""
-        self._arrived(roll_back(self.lab).succeeded(), self.other())
+        self._arrived(roll_back(self.lab).succeeded(), self.other(), "rollback")
 
-    def _arrived(self, step: Step, release: str) -> None:
+    def _arrived(self, step: Step, release: str, how: str) -> None:
         self.leave(step.began)
         assert releases_in_service(self.lab) == {release}
         await_rest(self.lab)
         self.release, self.since = release, step.ended
         self.steps.append((step, release))
+        self.say(f"{len(self.steps)}: {how} to {self.names[release]}, {step.ended - step.began:.0f} s")
 
     def leave(self, at: float) -> None:
         """From *at* on another release may answer, until something has arrived."""
@@ -119,6 +126,7 @@ class Campaign:
         before = fleet(self.lab)
         bad(self.lab, kind, strategy)
         assert fleet(self.lab) == before, kind
+        self.say(f"refused: {kind}, {strategy}")
 
     def interrupt(self, kind: str, strategy: str) -> None:
         """Begin a deploy of the other release and cut it off; the next one has to put things right."""
@@ -131,6 +139,7 @@ class Campaign:
             self.kills += 1
         else:
             HARMLESS[kind](self.lab, self.names[self.other()], strategy)
+        self.say(f"cut off: {kind}, {strategy}")
         (self.release,) = [*releases_in_service(self.lab), self.release][:1]
 
     def switched(self) -> list[Span]:
