@@ -91,10 +91,10 @@ def deploy(lab: Lab, release: str, strategy: str, *arguments: str) -> Step:
     return play(lab, "deploy", *_wanted(release, strategy), *arguments)
 
 
-def roll_back(lab: Lab) -> Step:
-    """Return to the last good deployment."""
+def roll_back(lab: Lab, *arguments: str) -> Step:
+    """Return to the last good deployment; further *arguments* as ansible-playbook takes them."""
     environment = lab.facts()["_meta"]["hostvars"][lab.group("app")[0]]["atlas_environment"]
-    return play(lab, "rollback", "-e", f"confirm={environment}", "-e", json.dumps(QUICK))
+    return play(lab, "rollback", "-e", f"confirm={environment}", "-e", json.dumps(QUICK), *arguments)
 
 
 def deploy_command(lab: Lab, release: str, strategy: str) -> list[str]:

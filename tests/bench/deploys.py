@@ -257,7 +257,8 @@ class Bench:
     def _rollback(self) -> float:
         """Return the seconds from the command to the switch of the last edge, as seen from beside HAProxy."""
         witnesses = [Witness(lambda script, edge=edge: self.lab.start(edge, script)) for edge in self.lab.group("edge")]  # type: ignore[misc]
-        step = roll_back(self.lab).succeeded()
+        # Where the slot is cold, its own strategy would be that of the inventory: host by host.
+        step = roll_back(self.lab, "-e", "deploy_strategy=blue_green").succeeded()
         for witness in witnesses:
             witness.stop()
         return max(witness.switches[-1][0] for witness in witnesses) - step.began
