@@ -91,6 +91,40 @@ def test_the_hook_judges_what_would_be_committed(checkout: Path) -> None:
     git(checkout, "commit", "-qm", "clean")
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "found"),
+    [
+        (PASSWORD, 'name = "atlas"\n', True),  # taken out again: what was committed stays known
+        (PASSWORD, PASSWORD.strip() + "  # pragma: allowlist secret\n", False),
+        ('name = "atlas2"\n', 'name = "atlas"\n', False),
+    ],
+)
+def test_what_a_commit_held_is_found_after_it_was_taken_out(
+    checkout: Path, before: str, after: str, found: bool
+) -> None:
+    for text in (before, after):
+        (checkout / "settings.py").write_text(text)
+        git(checkout, "commit", "-qam", "change")
+    done = scan(checkout)
+    assert done.returncode == int(found), done.stdout + done.stderr
+    commit = git(checkout, "rev-parse", "--short", "HEAD~1").stdout.strip()
+    assert (f"commit {commit}, settings.py: " in done.stdout) is found
+    assert PASSWORD.split('"')[1] not in done.stdout + done.stderr
+
+
+def test_a_vault_file_has_to_be_encrypted_in_every_commit(checkout: Path) -> None:
+    vault = checkout / "inventories/shop/group_vars/all/vault.yml"
+    vault.parent.mkdir(parents=True)
+    for number, text in enumerate(("36" * 40, "37" * 40, None)):
+        vault.write_text(f"$ANSIBLE_VAULT;1.2;AES256;shop\n{text}\n" if text else "vault_x: 1\n")
+        git(checkout, "add", "-A")
+        git(checkout, "commit", "-qm", "change")
+        assert scan(checkout).returncode == number // 2
+    vault.unlink()
+    git(checkout, "commit", "-qam", "gone")
+    assert ", inventories/shop/group_vars/all/vault.yml: a vault file that is not encrypted" in scan(checkout).stdout
+
+
 def audit() -> Any:
     loader = SourceFileLoader("audit", str(PROJECT / "bin/audit"))
     spec = spec_from_loader("audit", loader)
