@@ -36,6 +36,8 @@ CRASHES = 3
 """A service that systemd restarted this often while it was waited for will not come up."""
 JOURNAL_ENTRIES = 5000
 """A journal that is longer loses its older half when a deploy is finished."""
+NEVER_TRIMMED = ("rotation",)
+"""Events (``rotation.EVENT``) of which there are few, and whose age matters."""
 
 
 class HostError(Exception):
@@ -247,10 +249,15 @@ class Host:
         close("ok")
 
     def trim(self) -> None:
-        """Keep the journal from growing for ever."""
-        lines = (self.state / "journal.jsonl").read_text().splitlines(keepends=True)
-        if len(lines) > JOURNAL_ENTRIES:
-            write_atomically(self.state / "journal.jsonl", "".join(lines[-JOURNAL_ENTRIES // 2 :]), 0o600)
+        """Keep the journal from growing for ever; what tells how old secrets are stays: rotations, and when it began."""
+        entries = self.journal()
+        if len(entries) <= JOURNAL_ENTRIES:
+            return
+        cut = len(entries) - JOURNAL_ENTRIES // 2
+        began = {"at": entries[0]["at"], "event": "began"}
+        kept = [entry for entry in entries[:cut] if entry.get("event") in NEVER_TRIMMED]
+        lines = [json.dumps(entry, sort_keys=True) + "\n" for entry in [began, *kept, *entries[cut:]]]
+        write_atomically(self.state / "journal.jsonl", "".join(lines), 0o600)
 
     def good(self) -> list[int]:
         """Return the deployments that were in service to the end of their deploy, oldest first.

@@ -14,7 +14,7 @@ from typing import Any
 import atlas_deployment
 import atlas_slot
 import pytest
-from ansible.module_utils import atlas_host, host_facts
+from ansible.module_utils import atlas_host, host_facts, rotation
 from ansible.module_utils.atlas_host import Answer, Done, Gate, Host, HostError
 
 ACTIVE = {
@@ -226,6 +226,24 @@ def test_the_journal_does_not_grow_for_ever(host: Host, monkeypatch: pytest.Monk
     host.record("finished", deployment=10)
     host.trim()
     assert host.good() == [6, 7, 8, 9, 10]
+
+
+def test_rotations_and_the_age_of_the_first_entry_outlast_the_trimming(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(atlas_host, "JOURNAL_ENTRIES", 10)
+    moments = (f"2030-01-{day:02}T00:00:00Z" for day in range(1, 32))
+    monkeypatch.setattr(atlas_host, "now", lambda: next(moments))
+    host.record("finished", deployment=0)
+    host.record(rotation.EVENT, kind="tokens", step="finished", generation=1)
+    for number in range(1, 25):
+        host.record("finished", deployment=number)
+        host.trim()
+    journal = host.journal()
+    assert len(journal) <= 12 and journal[0]["at"] == "2030-01-01T00:00:00Z"
+    found = rotation.states({"app1": journal})["tokens"]
+    assert (found["generation"], found["finished_at"]) == (1, rotation.unix("2030-01-02T00:00:00Z"))
+    assert host.good()[-3:] == [22, 23, 24] and 0 not in host.good()
 
 
 @pytest.mark.parametrize(("age", "stale"), [(10, []), (-10, ["atlas-api@blue.service"])])
