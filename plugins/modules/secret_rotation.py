@@ -75,17 +75,21 @@ ARCHIVES = Path("dist/pinned")
 SECONDS = 7200
 
 
-class Fleet:
-    """The hosts of one environment, by playbooks that run in processes of their own."""
+class Fleet(rotation.Hosts):
+    """The hosts of one environment, by playbooks that run in processes of their own; methods without a word do what Hosts says.
 
-    def __init__(self, inventory: Path, project: Path, secrets: VaultFile) -> None:
-        self.inventory, self.project, self.secrets = inventory, project, secrets
+    *how*: further arguments of these playbooks.
+    """
+
+    def __init__(self, inventory: Path, project: Path, secrets: VaultFile, how: Sequence[str]) -> None:
+        self.inventory, self.project, self.secrets, self.how = inventory, project, secrets, how
         self.found = survey.take(inventory, project, archives=project / ARCHIVES, also="ansible_ssh_private_key_file")
         journals = {host: self.found["facts"].get(host, {}).get("journal", []) for host in self.found["hosts"]}
         self.states = rotation.states(journals)
         moments = [str(journal[0]["at"]) for journal in journals.values() if journal]
         self.first = min(map(rotation.unix, moments), default=None)
-        self.log = project / ".cache" / "rotation" / f"{self.found['environment']}.log"
+        of_real_hosts = project / ".cache" / "rotation" / f"{self.found['environment']}.log"
+        self.log = inventory.parent / "rotation.log" if self.is_lab else of_real_hosts
 
         groups, variables = self.found["groups"], self.found["variables"]
         tls = any(variables[edge].get("haproxy_tls") for edge in groups.get("edge", []))
@@ -93,7 +97,6 @@ class Fleet:
         self.key_files = {str(each.get("ansible_ssh_private_key_file") or "") for each in variables.values()}
 
     def state(self, kind: str) -> rotation.State:
-        """Return the last entry of the rotation of *kind*."""
         return self.states[kind]
 
     def deploy(self) -> None:
@@ -114,7 +117,6 @@ class Fleet:
         commands: Sequence[Sequence[str]] = (),
         entry: Mapping[str, Any] | None = None,
     ) -> list[str]:
-        """Do *acts*, run *commands*, append *entry* to every journal, in one run of a playbook; return what was cut off."""
         whole = {"kind": kind, "order": time.time_ns(), "by": controller()["holder"], **entry} if entry else {}
         of = rotation.LOGINS.get(kind)
         previous = self.secrets.read().get(of.previous) if of and "idle" in acts else None
@@ -147,7 +149,6 @@ class Fleet:
         return self.inventory.parent.parent.name == ".lab" and (self.inventory.parent / "lab.json").is_file()
 
     def certificates(self) -> dict[str, dict[str, str | None]]:
-        """Return edge → fingerprints of the certificate it serves and of the one in the inventory."""
         with tempfile.TemporaryDirectory(prefix="atlas-rotation-") as folder:
             answer = Path(folder) / "certificates.json"
             self.play("rotate_certificates.yml", {"rotate_answer": str(answer)})
@@ -156,15 +157,12 @@ class Fleet:
 
     @property
     def issues(self) -> bool:
-        """Whether certificates come from the authority of a lab."""
         return self.is_lab
 
     def issue(self, retired: Sequence[str]) -> None:
-        """Have the lab's authority issue others than *retired*."""
         lab_tls.reissue(self.inventory.parent / "tls", retired)
 
     def key(self) -> KeyFile:
-        """Return the key file that the inventory names for every host."""
         (name, *others) = self.key_files
         path = Path(name).expanduser()
         if others or not name or not path.is_file():
@@ -176,7 +174,6 @@ class Fleet:
         return KeyFile(path)
 
     def let_in(self, key: KeyFile) -> None:
-        """Let the coming *key* in on every host, and reach each with it."""
         made_with = key.path.with_name(f"{key.path.name}.made.pub")
         if self.is_lab and not made_with.exists():
             # By the key that a lab's hosts were made with it is told that they are still the wanted ones.
@@ -185,7 +182,6 @@ class Fleet:
         self.play("rotate_keys.yml", {"rotate_let_in": key.public(coming), "rotate_key": str(coming)})
 
     def shut_out(self, key: KeyFile) -> None:
-        """Shut the one before *key* out on every host, and see that each refuses it."""
         self.play("rotate_keys.yml", {"rotate_shut_out": key.public(key.previous), "rotate_key": str(key.previous)})
 
     def play(self, playbook: str, variables: Mapping[str, Any]) -> None:
@@ -193,7 +189,7 @@ class Fleet:
         command = [str(Path(sys.executable).with_name("ansible-playbook")), "-i", str(self.inventory)]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("ANSIBLE_")}
         done = subprocess.run(
-            [*command, f"playbooks/{playbook}", "-e", json.dumps(variables)],
+            [*command, *self.how, f"playbooks/{playbook}", "-e", json.dumps(variables)],
             cwd=self.project,
             env=environment | {"ANSIBLE_CONFIG": str(self.project / "ansible.cfg")},
             stdin=subprocess.DEVNULL,
@@ -238,7 +234,11 @@ def main() -> None:
         secrets = VaultFile(inventory, project)
         with (secrets.backups / ".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            fleet = Fleet(inventory, project, secrets)
+            how = [
+                *(["-" + "v" * module._verbosity] if module._verbosity else []),
+                *(["--diff"] if module._diff else []),
+            ]
+            fleet = Fleet(inventory, project, secrets, how)
             reasons = dict(fleet.inapplicable)
             if is_all and fleet.key_files == {""}:
                 reasons["ssh"] = "the inventory names no ansible_ssh_private_key_file. By hand: docs/how-to/secrets.md"
