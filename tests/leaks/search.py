@@ -1,73 +1,53 @@
 """Where secrets must not be: runs on a host of a lab, or on the controller, with the Python that is there.
 
-Reads JSON from stdin: ``needles`` (hex), ``roots``, ``skip`` (directories), ``system`` (whether to look at processes and the
-journal too). Prints one place per line, never what was found there.
+Reads JSON from stdin: ``needles`` (hex; none with a line break), ``roots``, ``skip`` (directories), ``system`` (whether to look at
+processes and the journal too). Prints one place per line, never what was found there.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
-from collections.abc import Iterator
-
-CHUNK = 1 << 20
+from collections.abc import Sequence
+from typing import IO
 
 
 def main() -> None:
     """Print every place that holds one of the needles."""
     wanted = json.load(sys.stdin)
-    needles = [bytes.fromhex(needle) for needle in wanted["needles"]]
-    pattern = re.compile(b"|".join(map(re.escape, needles)))
-    longest = max(map(len, needles))
-    for root in wanted["roots"]:
-        for path in files(root, set(wanted["skip"])):
-            if holds(path, pattern, longest):
-                print(path)
+    needles = b"\n".join(bytes.fromhex(needle) for needle in wanted["needles"])
+    skip = tuple(f"{directory}/" for directory in wanted["skip"])
+    places = [place for place in grep(needles, ["-r", "--", *wanted["roots"]]) if not place.startswith(skip)]
     if wanted["system"]:
-        for path in processes():
-            if holds(path, pattern, longest):
-                print(path)
-        journal = subprocess.run(
+        mine = (f"/proc/{os.getpid()}/", f"/proc/{os.getppid()}/")
+        processes = [f"/proc/{number}/" for number in os.listdir("/proc") if number.isdigit()]
+        files = [process + name for process in processes if process not in mine for name in ("environ", "cmdline")]
+        places += grep(needles, ["--", *files])
+        with subprocess.Popen(
             ["journalctl", "--all", "--output=export", "--no-pager"], stdout=subprocess.PIPE
-        ).stdout
-        if pattern.search(journal):
-            print("the journal")
+        ) as journal:
+            places += ["the journal" for _ in grep(needles, ["--", "-"], journal.stdout)]
+    for place in places:
+        print(place)
 
 
-def files(root: str, skip: set[str]) -> Iterator[str]:
-    """Yield the regular files at or below *root*, but not below *skip*."""
-    if os.path.isfile(root):
-        yield root
-    for directory, names, found in os.walk(root):
-        names[:] = [name for name in names if os.path.join(directory, name) not in skip]
-        for name in found:
-            path = os.path.join(directory, name)
-            if os.path.isfile(path) and not os.path.islink(path):
-                yield path
-
-
-def processes() -> Iterator[str]:
-    """Yield the environment and arguments of every process but this one."""
-    for number in os.listdir("/proc"):
-        if number.isdigit() and int(number) != os.getpid():
-            yield from (f"/proc/{number}/environ", f"/proc/{number}/cmdline")
-
-
-def holds(path: str, pattern: re.Pattern[bytes], longest: int) -> bool:
-    """Tell whether the file at *path* holds *pattern*; what vanished or cannot be read holds nothing."""
-    rest = b""
-    try:
-        with open(path, "rb") as file:
-            while chunk := file.read(CHUNK):
-                if pattern.search(rest + chunk):
-                    return True
-                rest = (rest + chunk)[-longest:]
-    except OSError:
-        pass
-    return False
+def grep(needles: bytes, arguments: Sequence[str], stdin: IO[bytes] | None = None) -> list[str]:
+    """Return the files with one of *needles*; what vanishes or cannot be read holds nothing. They travel in a pipe alone."""
+    reading, writing = os.pipe()
+    with subprocess.Popen(
+        ["grep", "-lasFZ", "-D", "skip", "-f", f"/proc/self/fd/{reading}", *arguments],
+        stdin=stdin or subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        pass_fds=[reading], env={**os.environ, "LC_ALL": "C"},
+    ) as process:  # fmt: skip
+        os.close(reading)
+        with os.fdopen(writing, "wb") as pipe:
+            pipe.write(needles)
+        output, errors = process.communicate()
+    if errors or process.returncode > 2:
+        sys.exit(f"search: {errors.decode(errors='replace').strip()}, status {process.returncode}")
+    return [name.decode(errors="replace") for name in output.split(b"\0") if name]
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.leaks.__main__ import on_controller, request
+from tests.leaks import runs
+from tests.leaks.finder import SHORTEST, Arguments, key_line, on_controller, request
 
 PROJECT = Path(__file__).resolve().parents[2]
 SECRET = "Planted+" + "value/of=this:test" + "-7Qz"
@@ -36,7 +37,7 @@ def test_what_is_not_there_is_not_found(tmp_path: Path) -> None:
     assert on_controller([SECRET], [tmp_path]) == []
 
 
-def test_processes_are_searched(tmp_path: Path) -> None:
+def test_processes_and_the_journal_are_searched(tmp_path: Path) -> None:
     """A process that carries the secret in its environment, and one in its arguments."""
     wait = "import sys; print('up', flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", wait]
@@ -46,14 +47,16 @@ def test_processes_are_searched(tmp_path: Path) -> None:
             assert process.stdout and process.stdout.readline() == b"up\n"
             text = request([SECRET], [], True)
             # The journal of this machine is not the test's business.
+            said = f"MESSAGE={SECRET}" if environment else "nothing"
             tools = tmp_path / "journalctl"
-            tools.write_text("#!/bin/sh\n")
+            tools.write_text(f"#!/bin/sh\necho '{said}'\n")
             tools.chmod(0o755)
             done = subprocess.run(
                 [sys.executable, str(PROJECT / "tests/leaks/search.py")], input=text, capture_output=True, text=True,
                 env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}, check=True,
             )  # fmt: skip
             found.append([place for place in done.stdout.splitlines() if place.startswith(f"/proc/{process.pid}/")])
+            assert ("the journal" in done.stdout.splitlines()) is bool(environment)
             process.communicate(b"")
     assert [[place.rsplit("/", 1)[1] for place in places] for places in found] == [["cmdline"], ["environ"]]
 
@@ -72,3 +75,27 @@ def test_a_task_without_no_log_leaks_at_vvv_and_is_found(tmp_path: Path, hidden:
     log = tmp_path / "log"
     log.write_text(done.stdout + done.stderr)
     assert on_controller([SECRET], [log]) == ([] if hidden else [str(log)])
+
+
+def test_no_playbook_is_forgotten_by_the_leak_test(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What is new has to be run by it, or to be left out by name, with the reason."""
+    assert runs.forgotten() == []
+    assert all(runs.LEFT_OUT.values())
+    (tmp_path / "new.yml").touch()
+    monkeypatch.setattr(runs, "PLAYBOOKS", tmp_path)
+    assert runs.forgotten() == ["new"]
+
+
+def test_a_private_key_is_known_by_a_line_that_no_other_key_has(tmp_path: Path) -> None:
+    lines = []
+    for name in ("a", "b"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(tmp_path / name)], check=True)
+        lines.append(key_line((tmp_path / name).read_text()))
+        assert lines[-1] not in (tmp_path / f"{name}.pub").read_text()
+    assert lines[0] != lines[1] and min(map(len, lines)) > SHORTEST
+
+
+def test_arguments_of_a_process_are_noted_while_it_runs(tmp_path: Path) -> None:
+    with Arguments(tmp_path / "arguments"):
+        subprocess.run([sys.executable, "-c", "import time; time.sleep(1)", SECRET], check=True)
+    assert on_controller([SECRET], [tmp_path]) == [str(tmp_path / "arguments")]
