@@ -26,6 +26,12 @@ from tests.load.verdict import Span, Verdict, judge
 from tests.load.witness import Witness
 
 SETTLE_SECONDS = 180.0
+SQLITE = """#python
+import sqlite3
+store = sqlite3.connect("file:/var/lib/atlas/atlas.db?mode=ro", uri=True, timeout=20)
+for row in store.execute({statement!r}):
+    print(*row, sep="|")
+"""
 GOOD = ("plain", "good")
 """Two releases that are as good as each other, so that it shows which one answers."""
 
@@ -129,6 +135,15 @@ done"""
     return {str(json.loads(lab.ssh(host, look).stdout)["release"]) for host in lab.group("app")}
 
 
+def query(lab: Lab, statement: str) -> str:
+    """Return what *statement* finds in the lab's store, be it PostgreSQL or SQLite: a line for each row, with | between columns."""
+    if databases := lab.group("database"):
+        return sql(lab, databases[0], statement)
+    answer = lab.ssh(lab.group("app")[0], SQLITE.format(statement=statement))
+    assert answer.returncode == 0, answer.stderr
+    return answer.stdout.strip()
+
+
 @dataclass
 class Load:
     """A load on the lab and what was seen of it; the verdict comes after the block."""
@@ -148,20 +163,19 @@ class Load:
 
     def settle(self) -> tuple[dict[str, int], int]:
         """Wait until every document of the load is processed; return document → finishes, and how many there are."""
-        host = self.lab.group("database")[0]
         ours = f"SELECT id FROM documents WHERE title = '{self.traffic.run}'"
         pending = f"SELECT count(*) FROM jobs WHERE document_id IN ({ours}) AND state NOT IN ('done', 'dead')"
         deadline = time.monotonic() + SETTLE_SECONDS
-        while (left := sql(self.lab, host, pending)) != "0":
+        while (left := query(self.lab, pending)) != "0":
             assert time.monotonic() < deadline, f"{left} documents are not processed within {SETTLE_SECONDS:g} s"
             time.sleep(1)
         finishes = (
             "SELECT document_id, count(*) FROM job_events WHERE event = 'finished' "
             f"AND document_id IN ({ours}) GROUP BY document_id"
         )
-        lines = sql(self.lab, host, finishes).splitlines()
+        lines = query(self.lab, finishes).splitlines()
         applied = {name: int(count) for name, count in (line.split("|") for line in lines)}
-        return applied, int(sql(self.lab, host, f"SELECT count(*) FROM ({ours}) AS ours"))
+        return applied, int(query(self.lab, f"SELECT count(*) FROM ({ours}) AS ours"))
 
     def verdict(self, spans: list[Span] | None = None) -> Verdict:
         """Judge all of it; waits until the documents are processed."""
