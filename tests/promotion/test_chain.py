@@ -1,0 +1,148 @@
+"""One release, built once, goes from development to staging to production, in three small labs. Takes about ten minutes.
+
+    .venv/bin/pytest -x tests/promotion
+
+The labs come from a copy of `inventories/` with fewer hosts. Part of `make test-full`. Each gate by itself: tests/plugins/test_promotion.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+PROJECT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(PROJECT), str(PROJECT / "molecule")]
+
+from labtest import Lab, slot_in_service  # noqa: E402
+from prooftest import Step, play, release_id  # noqa: E402
+
+from tests.faults import bad_releases  # noqa: E402
+
+INVENTORIES = PROJECT / ".cache/chain/inventories"
+HOSTS: dict[str, dict[str, list[str]]] = {
+    "development": {"edge": ["dev1"], "app": ["dev1"], "database": [], "backup": ["dev1"]},
+    "staging": {"edge": ["app1"], "app": ["app1"], "database": ["db1"], "backup": ["backup1"]},
+    "production": {"edge": ["app1"], "app": ["app1", "app2"], "database": ["db1"], "backup": ["backup1"]},
+}
+PIN = "group_vars/all/release.yml"
+pytestmark = pytest.mark.timeout(3600)
+Labs = dict[str, Lab]
+
+
+@pytest.fixture(scope="module")
+def labs() -> Iterator[Labs]:
+    """Three provisioned labs, of which two want a pin, as the real environments do; they go, whatever happens."""
+    shutil.rmtree(INVENTORIES.parent, ignore_errors=True)
+    shutil.copytree(PROJECT / "inventories", INVENTORIES, symlinks=True)
+    found: Labs = {}
+    try:
+        for environment, groups in HOSTS.items():
+            name = f"test-chain-{environment}"
+            hosts = sorted({host for members in groups.values() for host in members})
+            tree: dict[str, Any] = {"hosts": {host: {"debian_release": "bookworm"} for host in hosts}}
+            tree["children"] = {group: {"hosts": {host: {} for host in members}} for group, members in groups.items()}
+            (INVENTORIES / environment / "hosts.yml").write_text(yaml.safe_dump({"all": tree}))
+            given = {"lab_environment": environment, "lab_name": name, "lab_inventories": str(INVENTORIES)}
+            command = ["ansible-playbook", "-i", "localhost,", "playbooks/lab.yml", "-e", json.dumps(given)]
+            subprocess.run([str(Path(sys.executable).with_name(command[0])), *command[1:]], cwd=PROJECT, check=True)
+            found[environment] = lab = Lab.open(name)
+            for host in hosts if environment != "development" else []:
+                # After the lab's own file, which asks for none.
+                (lab.inventory / "host_vars" / host / "zzz-pin.yml").write_text("release_pin_required: true\n")
+            play(lab, "site").succeeded()
+        yield found
+    finally:
+        for environment in HOSTS:
+            subprocess.run(
+                ["make", "down", f"LAB=test-chain-{environment}"], cwd=PROJECT, check=True, capture_output=True
+            )
+
+
+@pytest.fixture(scope="module")
+def archive(labs: Labs) -> Path:
+    """The release of these sources, built once, and in service in development."""
+    subprocess.run(["bin/build-release"], cwd=PROJECT, check=True, capture_output=True)
+    built = max((PROJECT / "dist").glob("atlas-*.tar.gz"), key=lambda path: path.stat().st_mtime)
+    play(labs["development"], "deploy", "-e", f"release={built}").succeeded()
+    return built
+
+
+def promote(labs: Labs, source: str, target: str, *arguments: str) -> Step:
+    """Promote from one lab to another."""
+    places = ("-e", f"from={labs[source].inventory}", "-e", f"to={labs[target].inventory}")
+    return play(labs[target], "promote", *places, *arguments)
+
+
+def use(lab: Lab, requests: int) -> None:
+    """Send *requests* to the service, each of which has to be answered."""
+    assert {lab.http("GET", "/v1/documents").status for _ in range(requests)} == {200}
+
+
+def pin(lab: Lab) -> dict[str, Any]:
+    """Return the pin of *lab*; {} for none."""
+    file = lab.inventory / PIN
+    return dict(yaml.safe_load(file.read_text())["release_pin"]) if file.exists() else {}
+
+
+def in_service(lab: Lab) -> set[tuple[str, str]]:
+    """Return the releases that app hosts of *lab* have in service: the ID, and the digest of the archive that they keep."""
+    found = set()
+    for host in lab.group("app"):
+        content = json.loads(lab.ssh(host, f"cat /opt/atlas/slots/{slot_in_service(lab, host)}/deployment.json").stdout)
+        kept = lab.ssh(host, f"sha256sum /opt/atlas/archives/{content['release']}.tar.gz").stdout
+        found.add((str(content["release"]), kept.split()[0]))
+    return found
+
+
+def test_no_environment_is_skipped(labs: Labs, archive: Path) -> None:
+    use(labs["development"], 1)
+    everything = ("-e", "override=soak,errors,health,schema,settings", "-e", "reason='in a hurry'")
+    promote(labs, "development", "production", *everything).refused("from staging alone")
+    assert pin(labs["production"]) == {}
+
+
+def test_development_gives_its_release_to_staging_which_takes_no_other(labs: Labs, archive: Path) -> None:
+    staging = labs["staging"]
+    play(staging, "deploy", "-e", f"release={archive}").refused("The inventory pins no release")
+    promote(labs, "development", "staging", "-e", "deploy=true").succeeded()
+    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+    assert in_service(staging) == {(release_id(archive), digest)} and pin(staging)["digest"] == digest
+    play(staging, "deploy", "-e", f"release={bad_releases.build('good')}").refused(release_id(archive))
+    assert in_service(staging) == {(release_id(archive), digest)}
+
+
+def test_staging_gives_the_same_bytes_to_production_when_the_gates_let_it(labs: Labs, archive: Path) -> None:
+    staging, production = labs["staging"], labs["production"]
+    use(staging, 1)
+    promote(labs, "staging", "production", "-e", "deploy=true").refused("soak: ", "24 h are required", "errors: ")
+    assert pin(production) == {}
+    use(staging, 120)
+    reason = "the login is broken"
+    said = promote(
+        labs, "staging", "production", "-e", "override=soak", "-e", f"reason='{reason}'", "-e", "deploy=true"
+    ).succeeded()
+    assert "overridden    soak" in said.output
+    wanted = {(release_id(archive), hashlib.sha256(archive.read_bytes()).hexdigest())}
+    for environment, lab in labs.items():
+        assert in_service(lab) == wanted, environment
+        assert lab.http("GET", "/v1/documents").headers["x-atlas-release"] == release_id(archive), environment
+    promoted = pin(production)["promoted"]
+    assert promoted["from"] == "staging" and promoted["overridden"] == {"soak": reason}
+    journal = production.ssh(production.group("app")[0], "cat /var/lib/atlas-deploy/journal.jsonl").stdout
+    assert reason in journal
+
+
+def test_promoted_again_nothing_changes(labs: Labs, archive: Path) -> None:
+    said = promote(
+        labs, "staging", "production", "-e", "override=soak", "-e", "reason='the login is broken'"
+    ).succeeded()
+    assert "pins it already" in said.output
