@@ -11,20 +11,15 @@ import os
 import secrets
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
+from labtest import PROJECT, Lab
 
-PROJECT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(PROJECT), str(PROJECT / "molecule")]
-
-from labtest import Lab  # noqa: E402
-
-from tests.leaks import finder  # noqa: E402
-from tests.leaks.runs import ENVIRONMENT, RUNS, Run  # noqa: E402
+from tests.leaks import finder
+from tests.leaks.runs import ENVIRONMENT, RUNS, Run
 
 NAME = os.environ.get("ATLAS_LEAKS_LAB", "test-leaks")
 LOGS = PROJECT / ".cache/leaks"

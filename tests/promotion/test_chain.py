@@ -18,14 +18,10 @@ from typing import Any
 
 import pytest
 import yaml
+from labtest import PROJECT, Lab, slot_in_service
+from prooftest import Step, play, release_id
 
-PROJECT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(PROJECT), str(PROJECT / "molecule")]
-
-from labtest import Lab, slot_in_service  # noqa: E402
-from prooftest import Step, play, release_id  # noqa: E402
-
-from tests.faults import bad_releases  # noqa: E402
+from tests.faults import bad_releases
 
 INVENTORIES = PROJECT / ".cache/chain/inventories"
 HOSTS: dict[str, dict[str, list[str]]] = {
