@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 SLOTS = ("blue", "green")
 SERVICES = ("api", "core", "services", "monitoring")
+_COUNTED = re.compile(r"^atlas_http_requests_total\{([^}]*)\} (\S+)$", re.MULTILINE)
 API_PORTS = {"blue": 8101, "green": 8102}
 MONITORING_PORTS = {"blue": 8111, "green": 8112}
 POLL_SECONDS = 0.25
@@ -571,6 +572,17 @@ def get(
         body = {}
     text = content.decode(errors="replace")
     return Answer(response.status, headers, body if isinstance(body, dict) else {}, text)
+
+
+def requests(slot: str) -> dict[str, int]:
+    """Return how many requests the API of *slot* has answered since it started, and how many with 5xx; probes left out."""
+    found = {"total": 0, "failed": 0}
+    for labels, count in _COUNTED.findall(get(API_PORTS[slot], "/metrics").text):
+        values = dict(re.findall(r'(\w+)="([^"]*)"', labels))
+        if not values.get("endpoint", "").startswith(("health.", "metrics.")):
+            found["total"] += int(float(count))
+            found["failed"] += int(float(count)) if values.get("status", "").startswith("5") else 0
+    return found
 
 
 class Gate:

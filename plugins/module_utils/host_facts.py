@@ -29,6 +29,7 @@ from ansible.module_utils.atlas_host import (
     fingerprint_key,
     get,
     read_json,
+    requests,
     run,
     units,
 )
@@ -39,7 +40,6 @@ STATE = Path("/var/lib/atlas-deploy")
 MAP = Path("/etc/haproxy/slot.map")
 MAINTENANCE = "/etc/haproxy/maintenance.map"
 CERTIFICATE = "/etc/haproxy/tls/edge.pem"
-COUNTED = re.compile(r"^atlas_http_requests_total\{([^}]*)\} (\S+)$", re.MULTILINE)
 
 
 def debian() -> dict[str, str]:
@@ -146,17 +146,6 @@ def compared(host: Host, number: int | None, params: Mapping[str, Any]) -> bool 
     credentials = {name: str(secret) for name, secret in (params["credentials"] or {}).items()}
     mark = fingerprint(fingerprint_key(host.state), str(content.get("digest")), params["settings"], credentials)
     return bool(content.get("fingerprint") == mark)
-
-
-def requests(slot: str) -> dict[str, int]:
-    """Return how many requests the API of *slot* has answered since it started, and how many with 5xx; probes left out."""
-    found = {"total": 0, "failed": 0}
-    for labels, count in COUNTED.findall(get(API_PORTS[slot], "/metrics").text):
-        values = dict(re.findall(r'(\w+)="([^"]*)"', labels))
-        if not values.get("endpoint", "").startswith(("health.", "metrics.")):
-            found["total"] += int(float(count))
-            found["failed"] += int(float(count)) if values.get("status", "").startswith("5") else 0
-    return found
 
 
 def texts(host: Host) -> dict[str, str]:

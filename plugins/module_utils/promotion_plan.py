@@ -56,8 +56,12 @@ def _since(journal: Sequence[Mapping[str, Any]], name: str | None) -> float | No
             continue
         if entry.get("release") != name:
             break
-        found = datetime.datetime.fromisoformat(str(entry["at"])).timestamp()
+        found = _unix(entry["at"])
     return found
+
+
+def _unix(moment: str) -> float:
+    return datetime.datetime.fromisoformat(moment).timestamp()
 
 
 def refusals(source: Mapping[str, Any], target: Mapping[str, Any], override: Sequence[str], reason: str) -> list[str]:
@@ -98,7 +102,7 @@ def findings(
         *([("signature", str(release["error"]))] if release.get("error") else []),
         *_soak(source, target, release, now),
         *_health(source, target),
-        *_errors(source, target),
+        *_errors(source, target, release),
         *_schema(target, release),
         *(("settings", text) for text in settings),
         *(("freeze", text) for text in _frozen(target, now)),
@@ -158,8 +162,15 @@ def _health(source: Mapping[str, Any], target: Mapping[str, Any]) -> list[Findin
     return [("health", text) for text in found]
 
 
-def _errors(source: Mapping[str, Any], target: Mapping[str, Any]) -> list[Finding]:
-    counted = [source["facts"].get(host, {}).get("requests") or {} for host in source["hosts"]]
+def _errors(source: Mapping[str, Any], target: Mapping[str, Any], release: Mapping[str, Any]) -> list[Finding]:
+    """Judge what its services answered, those of its earlier deployments since it is in service included."""
+    counted = []
+    for fact in (source["facts"].get(host, {}) for host in source["hosts"]):
+        before = [
+            entry for entry in fact.get("journal", []) if (entry.get("served") or {}).get("release") == release["id"]
+        ]
+        counted += [entry["served"] for entry in before if _unix(entry["at"]) >= (release["since"] or 0)]
+        counted.append(fact.get("requests") or {})
     total, failed = (sum(int(each.get(key, 0)) for each in counted) for key in ("total", "failed"))
     least, percent = int(target["limits"]["requests"]), float(target["limits"]["error_percent"])
     if total < least:

@@ -102,7 +102,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from ansible.module_utils.atlas_host import SLOTS, Gate, Host, HostError
+from ansible.module_utils.atlas_host import SLOTS, Gate, Host, HostError, read_json, requests
 from ansible.module_utils.basic import AnsibleModule
 
 
@@ -168,7 +168,7 @@ class Slot:
         was_in_service = host.transaction().get("in_service")
         host.enable(slot)
         if number not in host.good()[-1:]:
-            with host.recorded("finished", "finish", **details):
+            with host.recorded("finished", "finish", **details, served=self._served(was_in_service)):
                 pass
         host.end()
         for other in SLOTS:
@@ -180,6 +180,14 @@ class Slot:
                 host.stop(other, self.params["stop_timeout"])
         host.trim()
         return {**result, "pruned": host.prune(self.params["keep"])}
+
+    def _served(self, slot: str | None) -> dict[str, Any]:
+        """Return what the release in *slot* answered, which is about to be forgotten: release, total and failed; {} for none."""
+        number = self.host.slots()[slot] if slot else None
+        if slot is None or slot == self.params["slot"] or not number or not self.host.active(slot):
+            return {}
+        release = read_json(self.host.deployment(number) / "deployment.json").get("release")
+        return {"release": release, **requests(slot)}
 
     def undone(self) -> dict[str, Any]:
         """Return the host to what the transaction says it was."""

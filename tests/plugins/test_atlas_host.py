@@ -157,6 +157,21 @@ def test_a_finished_deployment_serves_and_boots_and_the_old_one_stops(host: Host
     assert host.transaction() == {} and host.good() == [1, 2]
 
 
+def test_what_the_old_slot_answered_is_kept_when_it_is_left(
+    host: Host, healthy: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = {"blue": {"total": 700, "failed": 3}, "green": {"total": 5, "failed": 0}}
+    monkeypatch.setattr(atlas_slot, "requests", counts.__getitem__)
+    serving(host, "blue", 1)
+    deployed(host, 2)
+    slot = atlas_slot.Slot(params(slot="green", number=2, release="1.0-abc"), host, False)
+    slot.started()
+    slot.finished()
+    was = json.loads((host.deployment(1) / "deployment.json").read_text())["release"]
+    (entry,) = [each for each in host.journal() if each.get("deployment") == 2 and each["event"] == "finished"]
+    assert entry["served"] == {"release": was, "total": 700, "failed": 3}
+
+
 def test_the_old_slot_stays_warm_until_a_timer_of_the_host_stops_it(host: Host, healthy: None) -> None:
     serving(host, "blue", 1)
     deployed(host, 2)

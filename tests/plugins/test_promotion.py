@@ -149,6 +149,21 @@ def test_few_requests_tell_nothing() -> None:
     assert found[0] == "errors" and "20 requests, 100 are required" in found[1]
 
 
+def test_what_earlier_deployments_of_the_release_answered_counts_too() -> None:
+    """A deploy of new settings, or a rotation, starts other services; what failed before it stays failed."""
+    few = {"total": 10, "failed": 0}
+
+    def found(*served: tuple[float, dict[str, Any]]) -> list[str]:
+        journal = [finished(hours, served=each) for hours, each in served]
+        hosts = {name: host(requests=few, journal=[finished(48), *journal]) for name in ("app1", "app2")}
+        return [text for gate, text in against(source(**hosts)) if gate == "errors"]
+
+    assert found((30, {"release": ID, "total": 500, "failed": 0})) == []
+    assert "4 of its 1020 requests" in found((30, {"release": ID, "total": 500, "failed": 2}))[0]
+    assert "20 requests, 100 are required" in found((30, {"release": "2.0-def", "total": 500, "failed": 2}))[0]
+    assert "20 requests, 100 are required" in found((30, {}))[0]
+
+
 @pytest.mark.parametrize(
     ("applied", "stops"),
     [
