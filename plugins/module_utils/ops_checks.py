@@ -7,6 +7,7 @@ the first one the heading), hosts, and ``keeps``: what later reports compare wit
 from __future__ import annotations
 
 import datetime
+import json
 import re
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -628,10 +629,53 @@ def _capacity(j: Judgement) -> None:
     j.section("Capacity", rows)
 
 
+# Quarterly
+
+
+def quarterly(j: Judgement) -> None:
+    """Disaster recovery in a lab: its steps with their times, and what came back."""
+    steps: Sequence[Mapping[str, Any]] = j.policy["steps"]
+    was = j.last.get("seconds", {})
+    j.keeps["seconds"] = {each["name"]: each["seconds"] for each in steps}
+    rows = [["STEP", "SECONDS", "LAST TIME", "OUTCOME"]]
+    for each in steps:
+        before = f"{was[each['name']]:.0f}" if each["name"] in was else "-"
+        rows.append([each["name"], f"{each['seconds']:.0f}", before, "FAILED" if each["rc"] else "done"])
+        if each["rc"]:
+            j.find(
+                "recovery-failed",
+                "the lab",
+                f"{each['name']} failed: {(each['said'].splitlines() or ['no output'])[-1][:300]}",
+            )
+        limit = 60 * float(j.policy["recovery_minutes"])
+        if each.get("recovery") and each["seconds"] > limit:
+            j.find(
+                "recovery-slow",
+                "the lab",
+                f"the recovery took {each['seconds'] / 60:.0f} minutes, {limit / 60:g} are allowed",
+            )
+    j.section("", rows)
+    noted = {each["documents"]: json.loads(each["said"]) for each in steps if each.get("documents") and not each["rc"]}
+    if len(noted) == 2:
+        lost = [name for name in noted["before"] if name not in noted["after"]]
+        changed = [name for name, content in noted["before"].items() if noted["after"].get(name, content) != content]
+        heading = ["DOCUMENTS BEFORE", "AFTER", "LOST", "CHANGED"]
+        j.section(
+            "What came back", [heading, [str(len(each)) for each in (noted["before"], noted["after"], lost, changed)]]
+        )
+        if lost or changed:
+            j.find(
+                "recovery-failed",
+                "the lab",
+                f"of {len(noted['before'])} documents {len(lost)} are lost, {len(changed)} changed",
+            )
+
+
 JUDGES: dict[str, Callable[[Judgement], None]] = {
     "daily": daily,
     "weekly": weekly,
     "monthly": monthly,
+    "quarterly": quarterly,
 }
 
 # For people

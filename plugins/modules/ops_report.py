@@ -15,13 +15,13 @@ options:
     description: Which check it is.
     type: str
     required: true
-    choices: [daily, weekly, monthly]
+    choices: [daily, weekly, monthly, quarterly]
   facts:
-    description: Host to result of M(ops_facts).
+    description: Host to result of M(ops_facts); empty for C(quarterly).
     type: dict
     required: true
   policy:
-    description: Limits and names, as the role C(ops) hands them over.
+    description: Limits and names, as the role C(ops) hands them over; for C(quarterly) its C(steps) too.
     type: dict
     required: true
   directory:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -309,3 +310,31 @@ def test_within_is_the_least_bound() -> None:
     histogram = {"+Inf": 100, "10": 50, "50": 98, "100": 99, "1000": 99}
     assert (within(histogram, 0.5), within(histogram, 0.99)) == (10, 100)
     assert within(histogram, 0.999) == 2000, "beyond the last bound"
+
+
+def steps(**other: Any) -> list[dict[str, Any]]:
+    documents = {"a": "hash-a", "b": "hash-b"}
+    return [
+        {"name": "Back up", "rc": 0, "seconds": 9.0, "said": "ok"},
+        {"name": "Note the documents", "rc": 0, "seconds": 1.0, "said": json.dumps(documents), "documents": "before"},
+        {"name": "Recover", "rc": 0, "seconds": 300.0, "said": "ok", "recovery": True} | other.get("recover", {}),
+        {"name": "Note the documents again", "rc": 0, "seconds": 1.0, "said": json.dumps(other.get("after", documents)), "documents": "after"},
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("other", "kinds"),
+    [
+        ({}, []),
+        ({"after": {"a": "hash-a"}}, ["recovery-failed"]),
+        ({"after": {"a": "hash-a", "b": "other"}}, ["recovery-failed"]),
+        ({"recover": {"rc": 2, "said": "one\nno repository"}}, ["recovery-failed"]),
+        ({"recover": {"seconds": 3700.0}}, ["recovery-slow"]),
+    ],
+)
+def test_a_recovery_loses_nothing_and_is_quick(other: dict[str, Any], kinds: list[str]) -> None:
+    policy = POLICY | {"recovery_minutes": 60}
+    first = judge("quarterly", {}, policy | {"steps": steps()}, [], NOW - DAY)
+    report = judge("quarterly", {}, policy | {"steps": steps(**other)}, [first], NOW)
+    assert [each["kind"] for each in report["findings"]] == kinds
+    assert "LAST TIME" in text(report, NOW - DAY) and "300" in text(report, NOW - DAY)
