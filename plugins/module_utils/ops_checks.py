@@ -633,42 +633,40 @@ def _capacity(j: Judgement) -> None:
 
 
 def quarterly(j: Judgement) -> None:
-    """Disaster recovery in a lab: its steps with their times, and what came back."""
+    """Disaster recovery in a lab: ``policy["steps"]`` with their times, and whether every document came back."""
     steps: Sequence[Mapping[str, Any]] = j.policy["steps"]
     was = j.last.get("seconds", {})
-    j.keeps["seconds"] = {each["name"]: each["seconds"] for each in steps}
-    rows = [["STEP", "SECONDS", "LAST TIME", "OUTCOME"]]
+    j.keeps["seconds"] = {each["name"]: each["seconds"] for each in steps if each["rc"] == 0}
+    rows = [["STEP", "SECONDS", "LAST TIME", ""]]
     for each in steps:
-        before = f"{was[each['name']]:.0f}" if each["name"] in was else "-"
-        rows.append([each["name"], f"{each['seconds']:.0f}", before, "FAILED" if each["rc"] else "done"])
+        last = f"{was[each['name']]:.0f}" if each["name"] in was else "-"
+        rows.append([each["name"], f"{each['seconds']:.0f}", last, "FAILED" if each["rc"] else "done"])
         if each["rc"]:
-            j.find(
-                "recovery-failed",
-                "the lab",
-                f"{each['name']} failed: {(each['said'].splitlines() or ['no output'])[-1][:300]}",
-            )
-        limit = 60 * float(j.policy["recovery_minutes"])
-        if each.get("recovery") and each["seconds"] > limit:
-            j.find(
-                "recovery-slow",
-                "the lab",
-                f"the recovery took {each['seconds'] / 60:.0f} minutes, {limit / 60:g} are allowed",
-            )
+            j.find("recovery-failed", "the lab", f"{each['name']}: failed. {_why(each['said'])}", each["log"])
+        minutes, limit = each["seconds"] / 60, float(j.policy["recovery_minutes"])
+        if each.get("recovery") and minutes > limit:
+            j.find("recovery-slow", "the lab", f"the recovery took {minutes:.0f} minutes, {limit:g} are allowed")
     j.section("", rows)
-    noted = {each["documents"]: json.loads(each["said"]) for each in steps if each.get("documents") and not each["rc"]}
-    if len(noted) == 2:
-        lost = [name for name in noted["before"] if name not in noted["after"]]
-        changed = [name for name, content in noted["before"].items() if noted["after"].get(name, content) != content]
-        heading = ["DOCUMENTS BEFORE", "AFTER", "LOST", "CHANGED"]
-        j.section(
-            "What came back", [heading, [str(len(each)) for each in (noted["before"], noted["after"], lost, changed)]]
-        )
-        if lost or changed:
-            j.find(
-                "recovery-failed",
-                "the lab",
-                f"of {len(noted['before'])} documents {len(lost)} are lost, {len(changed)} changed",
-            )
+    noted = {each["documents"]: each for each in steps if each.get("documents") and each["rc"] == 0}
+    if len(noted) < 2:
+        return
+    before, after = (json.loads(noted[when]["said"]) for when in ("before", "after"))
+    lost = [name for name in before if name not in after]
+    changed = [name for name, content in before.items() if after.get(name, content) != content]
+    counts = [str(len(each)) for each in (before, after, lost, changed)]
+    j.section("What came back", [["DOCUMENTS BEFORE", "AFTER", "LOST", "CHANGED"], counts])
+    if lost or changed:
+        what = f"of {len(before)} documents {len(lost)} are lost, {len(changed)} changed"
+        j.find("recovery-failed", "the lab", what, noted["after"]["log"])
+
+
+def _why(said: str) -> str:
+    """Return the line of a failed step's output that says why: of a playbook, what its last task said."""
+    lines = [line.strip() for line in said.partition("PLAY RECAP")[0].splitlines() if line.strip()]
+    tasks = [number for number, line in enumerate(lines) if line.startswith("TASK [")]
+    told = lines[tasks[-1] + 1 :] if tasks else lines[-1:]
+    fatal = [line for line in told if line.startswith("fatal:")]
+    return [*fatal, *told, "It said nothing."][0][:300]
 
 
 JUDGES: dict[str, Callable[[Judgement], None]] = {

@@ -98,8 +98,8 @@ KINDS: dict[str, Kind] = {
     "permissions-open": Kind(on_host("ls -ld SUBJECT"), on_host("chmod o-rwx SUBJECT")),
     "setuid-new": Kind(on_host("ls -l SUBJECT; dpkg -S SUBJECT"), on_host("chmod u-s,g-s SUBJECT")),
     # The quarterly exercise
-    "recovery-failed": Kind("the output of the step, in the file that the message names", f"{PLAYBOOK}ops_quarterly.yml, once what the step names is mended"),
-    "recovery-slow": Kind("the times in the report", "give the backup host more, or allow more: ops_recovery_minutes"),
+    "recovery-failed": Kind("tail -n 50 SUBJECT", f"what the step says; then {PLAYBOOK}ops_quarterly.yml"),
+    "recovery-slow": Kind("the times above", "give hosts and mirrors more, or allow more: ops_recovery_minutes"),
 }  # fmt: skip
 
 DOCTOR = {

@@ -312,29 +312,50 @@ def test_within_is_the_least_bound() -> None:
     assert within(histogram, 0.999) == 2000, "beyond the last bound"
 
 
-def steps(**other: Any) -> list[dict[str, Any]]:
+FAILED_PLAYBOOK = """
+TASK [backup : Find the release] ***
+ok: [dev1]
+
+TASK [backup : Restore] ***
+changed: [dev2]
+fatal: [dev1]: FAILED! => the repository is empty
+  | a line of its log
+
+PLAY RECAP ***
+dev1 : ok=1 changed=0 failed=1
+"""
+
+
+def exercise(after: Any = None, **recover: Any) -> list[dict[str, Any]]:
+    """Return the steps of a quarterly exercise, whose recovery was different in *recover*, and after which *after* is there."""
     documents = {"a": "hash-a", "b": "hash-b"}
-    return [
-        {"name": "Back up", "rc": 0, "seconds": 9.0, "said": "ok"},
-        {"name": "Note the documents", "rc": 0, "seconds": 1.0, "said": json.dumps(documents), "documents": "before"},
-        {"name": "Recover", "rc": 0, "seconds": 300.0, "said": "ok", "recovery": True} | other.get("recover", {}),
-        {"name": "Note the documents again", "rc": 0, "seconds": 1.0, "said": json.dumps(other.get("after", documents)), "documents": "after"},
-    ]  # fmt: skip
+    steps: list[dict[str, Any]] = [
+        {"name": "Back up", "said": "ok"},
+        {"name": "Note the documents", "said": json.dumps(documents), "documents": "before"},
+        {"name": "Recover", "seconds": 300.0, "said": "ok", "recovery": True} | recover,
+        {"name": "Note the documents again", "said": json.dumps(after or documents), "documents": "after"},
+    ]
+    return [{"rc": 0, "seconds": 1.0, "log": f"{number}.log"} | step for number, step in enumerate(steps)]
 
 
 @pytest.mark.parametrize(
-    ("other", "kinds"),
+    ("steps", "kind", "what"),
     [
-        ({}, []),
-        ({"after": {"a": "hash-a"}}, ["recovery-failed"]),
-        ({"after": {"a": "hash-a", "b": "other"}}, ["recovery-failed"]),
-        ({"recover": {"rc": 2, "said": "one\nno repository"}}, ["recovery-failed"]),
-        ({"recover": {"seconds": 3700.0}}, ["recovery-slow"]),
+        (exercise(), "", ""),
+        (exercise({"a": "hash-a"}), "recovery-failed", "of 2 documents 1 are lost, 0 changed"),
+        (exercise({"a": "hash-a", "b": "other"}), "recovery-failed", "of 2 documents 0 are lost, 1 changed"),
+        (exercise(rc=2, said=FAILED_PLAYBOOK), "recovery-failed", "Recover: failed. fatal: [dev1]: FAILED! => the repository is empty"),
+        (exercise(rc=1, said="first\nno space left\n"), "recovery-failed", "Recover: failed. no space left"),
+        (exercise(rc=1, said=""), "recovery-failed", "Recover: failed. It said nothing."),
+        (exercise(seconds=3700.0), "recovery-slow", "the recovery took 62 minutes, 60 are allowed"),
     ],
-)
-def test_a_recovery_loses_nothing_and_is_quick(other: dict[str, Any], kinds: list[str]) -> None:
+)  # fmt: skip
+def test_a_recovery_loses_nothing_and_is_quick(steps: list[dict[str, Any]], kind: str, what: str) -> None:
     policy = POLICY | {"recovery_minutes": 60}
-    first = judge("quarterly", {}, policy | {"steps": steps()}, [], NOW - DAY)
-    report = judge("quarterly", {}, policy | {"steps": steps(**other)}, [first], NOW)
-    assert [each["kind"] for each in report["findings"]] == kinds
-    assert "LAST TIME" in text(report, NOW - DAY) and "300" in text(report, NOW - DAY)
+    first = judge("quarterly", {}, policy | {"steps": exercise()}, [], NOW - DAY)
+    report = judge("quarterly", {}, policy | {"steps": steps}, [first], NOW)
+    assert [(each["kind"], each["what"]) for each in report["findings"]] == ([(kind, what)] if kind else [])
+    rows = {row[0]: row[1:] for row in report["sections"][0]["rows"]}
+    assert rows["Back up"] == ["1", "1", "done"] and rows["Recover"][1] == "300"
+    if "failed" in what:
+        assert rows["Recover"][2] == "FAILED" and report["findings"][0]["look"] == "tail -n 50 2.log"
