@@ -8,14 +8,14 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ansible.module_utils.vault_spec import SHORT, secret_strings
+
 KEPT = 400
 """Reports of each check that stay: a year of days."""
-SHORT = 16
-"""Shorter strings of a vault file are names, and no secrets."""
 HIDDEN = "(hidden: a secret)"
 
 
@@ -74,16 +74,6 @@ def hide(value: Any, secrets: Iterable[str]) -> Any:
 
 
 def secrets(values: Any) -> list[str]:
-    """Return the strings in *values* of a vault file that are secrets, whole and by line; shorter ones are names."""
-    return sorted({text for text in _strings(values) if len(text) >= SHORT})
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, Mapping):
-        for each in value.values():
-            yield from _strings(each)
-    elif isinstance(value, (list, tuple)):
-        for each in value:
-            yield from _strings(each)
-    elif isinstance(value, str):
-        yield from (str(value), *value.splitlines())
+    """Return the strings in *values* of a vault file that are secrets, whole and by line."""
+    whole = secret_strings(values)
+    return sorted(whole | {line for text in whole for line in text.splitlines() if len(line) >= SHORT})

@@ -19,10 +19,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-SECONDS = 900
-SHORT = 16
-"""Shorter strings of a vault file (names, scopes) are no secrets, and would mask half of an inventory."""
+from ansible.module_utils.vault_spec import secret_strings
 
+SECONDS = 900
 MASK = "secret"
 
 
@@ -115,23 +114,12 @@ def masked(variables: Mapping[str, Any], vault: Sequence[Any], key: str) -> dict
 
     A value is secret if one of its strings contains one of the vault's, or its SHA-256; all of a variable's credentials are.
     """
-    known = {text for value in vault for text in _strings(value) if len(text) >= SHORT}
+    known = secret_strings(vault)
     known |= {hashlib.sha256(text.encode()).hexdigest() for text in known}
     return {
         name: _fingerprint(value, key) if name.endswith("_credentials") else _mask(value, known, key)
         for name, value in variables.items()
     }
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, Mapping):
-        for each in value.values():
-            yield from _strings(each)
-    elif isinstance(value, (list, tuple)):
-        for each in value:
-            yield from _strings(each)
-    elif isinstance(value, str):
-        yield str(value)
 
 
 def _mask(value: Any, known: set[str], key: str) -> Any:

@@ -12,14 +12,32 @@ import binascii
 import math
 import re
 import secrets
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 MINIMUM_BITS = 128
+SHORT = 16
+"""Shorter strings of a vault file (names, scopes) are no secrets, and hiding them would hide half of an inventory."""
 TOKEN_SCOPES = ("ingest", "read", "operate")
 _TOKEN = re.compile(r"atl_[A-Za-z0-9_-]{43}")
 _REFERENCE = re.compile(r"\bvault_[a-z0-9_]+\b")
+
+
+def secret_strings(values: Any) -> set[str]:
+    """Return the strings in *values* of a vault file that are secrets."""
+    return {text for text in _strings(values) if len(text) >= SHORT}
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, Mapping):
+        for each in value.values():
+            yield from _strings(each)
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from _strings(each)
+    elif isinstance(value, str):
+        yield str(value)
 
 
 def random_password() -> str:
