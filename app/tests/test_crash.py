@@ -44,6 +44,8 @@ CLIENTS = 3
 HOSTS = ("a", "b")
 WORKERS_PER_HOST = 2
 SECONDS = 60 + DOCUMENTS / 10
+# So few that a job that comes back is done again while its first worker is still stopped.
+CONTROL_DOCUMENTS = 200
 
 
 @pytest.fixture(scope="module")
@@ -94,12 +96,12 @@ class Fleet:
 class Clients:
     """Send each document over HTTP again and again until it is acknowledged, those up to `allowed` at once."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, amount: int) -> None:
         self.acknowledged: dict[int, str] = {}
         self.allowed = self.cut = self.refused = 0
         self.unexpected: list[str] = []
         self._port = port
-        self._numbers, self._lock = iter(range(DOCUMENTS)), threading.Lock()
+        self._numbers, self._lock = iter(range(amount)), threading.Lock()
         self._is_over = threading.Event()
         self._threads = [threading.Thread(target=self._send_all, daemon=True) for _ in range(CLIENTS)]
         for thread in self._threads:
@@ -139,9 +141,12 @@ class Clients:
 
 
 class Scene:
-    """A store, an API, its clients, and workers on two hosts."""
+    """A store, an API, its clients with so many documents, and workers on two hosts."""
 
-    def __init__(self, spawner: Any, url: str, build: str, directory: Path, cluster: Cluster | None) -> None:
+    def __init__(
+        self, spawner: Any, url: str, build: str, directory: Path, cluster: Cluster | None, amount: int
+    ) -> None:
+        self.amount = amount
         self.database = open_database(url)
         self.cluster = cluster
         self.chance = random.Random(7)
@@ -154,7 +159,7 @@ class Scene:
         self.port = free_port()
         self.fleet = Fleet(spawner, url, build)
         self.api, _, _ = self.deployment.start_ready("api", self.port)
-        self.clients = Clients(self.port)
+        self.clients = Clients(self.port, amount)
 
     def close(self) -> None:
         self.clients.end()
@@ -181,7 +186,7 @@ class Scene:
         }
         for position, fault in enumerate(faults, start=1):
             # A half is sent before the fault, and the other while it lasts.
-            self._until = DOCUMENTS * position // len(faults)
+            self._until = self.amount * position // len(faults)
             self.clients.allowed = (self.clients.allowed + self._until) // 2
             make[fault]()
             self.clients.allowed = self._until
@@ -248,15 +253,15 @@ class Scene:
 
     def settle(self) -> None:
         """Wait until everything is taken in and finished, and no worker still tries."""
-        wait_for(lambda: len(self.clients.acknowledged) == DOCUMENTS, SECONDS, "every document is acknowledged")
-        wait_for(lambda: len(finishes(self.database)) == DOCUMENTS, SECONDS, "every document is finished")
+        wait_for(lambda: len(self.clients.acknowledged) == self.amount, SECONDS, "every document is acknowledged")
+        wait_for(lambda: len(finishes(self.database)) == self.amount, SECONDS, "every document is finished")
         # Whoever was stopped has time to try its late finish.
         wait_for(lambda: not self.held(), 30, "every worker is idle")
 
     def check(self) -> None:
         """Each acknowledged document was finished exactly once, and the store is sound."""
         acknowledged = self.clients.acknowledged.values()
-        assert finishes(self.database) == dict.fromkeys(acknowledged, 1) and len(set(acknowledged)) == DOCUMENTS
+        assert finishes(self.database) == dict.fromkeys(acknowledged, 1) and len(set(acknowledged)) == self.amount
         with self.database.read() as connection:
             assert counts.drift(connection) == []
             stored = select(documents.c.id).where(documents.c.processed_at.is_not(None))
@@ -267,12 +272,17 @@ class Scene:
 
 @contextmanager
 def scene(
-    spawner: Any, request: pytest.FixtureRequest, url: str, directory: Path, build: str = "fenced"
+    spawner: Any,
+    request: pytest.FixtureRequest,
+    url: str,
+    directory: Path,
+    build: str = "fenced",
+    amount: int = DOCUMENTS,
 ) -> Iterator[Scene]:
     directory = directory / "deployment"
     directory.mkdir()
     cluster = request.getfixturevalue("cluster") if url.startswith("postgresql") else None
-    made = Scene(spawner, url, build, directory, cluster)
+    made = Scene(spawner, url, build, directory, cluster, amount)
     try:
         yield made
     finally:
@@ -311,7 +321,7 @@ def test_every_acknowledged_document_is_finished_exactly_once(
 def test_control_without_fencing_a_double_finish_shows(
     spawner: Any, request: pytest.FixtureRequest, database_url: str, tmp_path: Path
 ) -> None:
-    with scene(spawner, request, database_url, tmp_path, "unfenced") as running:
+    with scene(spawner, request, database_url, tmp_path, "unfenced", CONTROL_DOCUMENTS) as running:
         running.disturb(["stop"] * 3)
         running.settle()
         with pytest.raises(AssertionError):
