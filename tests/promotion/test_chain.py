@@ -40,7 +40,7 @@ def labs() -> Iterator[Labs]:
     shutil.rmtree(INVENTORIES.parent, ignore_errors=True)
     shutil.copytree(PROJECT / "inventories", INVENTORIES, symlinks=True)
     hosts: dict[str, Any] = {"hosts": {HOST: {"debian_release": "bookworm"}}}
-    members = {"edge": {HOST: {}}, "app": {HOST: {}}, "backup": {HOST: {}}, "database": {}}
+    members: dict[str, dict[str, Any]] = {"edge": {HOST: {}}, "app": {HOST: {}}, "backup": {HOST: {}}, "database": {}}
     hosts["children"] = {group: {"hosts": of} for group, of in members.items()}
     found: Labs = {}
     try:
