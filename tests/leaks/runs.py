@@ -68,6 +68,9 @@ RUNS = (
 )  # fmt: skip
 """The last one, which takes the lab down, comes after the search of its hosts."""
 
+WITHOUT_INVENTORY = ("lab", "lab_down", "promote", "config_diff")
+"""They are told what they work on in other ways."""
+
 LEFT_OUT = {
     "deploy_phases": "deploy.yml and rollback.yml are this with their preflight",
     "deploy_hooks": "part of deploy_phases.yml",

@@ -18,7 +18,7 @@ import pytest
 import yaml
 from labtest import PROJECT, Lab
 
-from tests.leaks import finder
+from tests.leaks import finder, runs
 from tests.leaks.runs import ENVIRONMENT, RUNS, Run
 
 NAME = os.environ.get("ATLAS_LEAKS_LAB", "test-leaks")
@@ -49,7 +49,7 @@ def run_playbook(lab: Lab, run: Run, log: Path, playbook: Path | None = None) ->
         "public": key.with_name("ssh_key.pub").read_text().strip(), "folder": str(LOGS),
     }  # fmt: skip
     words = [word if word.startswith('{"') else word.format(**places) for word in run.arguments]
-    inventory = "localhost," if run.playbook in ("lab", "lab_down") else str(lab.inventory)
+    inventory = "localhost," if run.playbook in runs.WITHOUT_INVENTORY else str(lab.inventory)
     path = playbook or Path("playbooks") / f"{run.playbook}.yml"
     lab.environment["ATLAS_SURVEY_KEY"] = "0" * 64
     with finder.Arguments(log.with_suffix(".arguments")):
