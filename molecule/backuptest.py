@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import uuid
@@ -14,6 +15,8 @@ REPOSITORY = "/var/lib/atlas-backup"
 RUN = uuid.uuid4().hex[:8]
 """Sets the documents and labels of this run apart from those of an earlier one on the same lab."""
 LABEL = f"kept-{RUN}"
+OTHER_KEY = base64.urlsafe_b64encode(b"k" * 32).decode()
+"""A Fernet key that nobody uses."""
 TIMERS = " ".join(f"atlas-backup-{job}.timer" for job in ("increment", "daily", "check", "drill"))
 
 
@@ -97,15 +100,34 @@ def points(lab: Lab, host: str) -> list[str]:
     return [point["snapshot"] for point in found]
 
 
-def replace_credential(lab: Lab, host: str, name: str, value: str) -> None:
-    """Encrypt another *value* for the backup program of *host*, keeping the right one aside."""
+def labelled(lab: Lab, wait_for: Callable[..., Any], names: list[str]) -> dict[str, str]:
+    """Take in documents as :func:`ingest` does, and back them up as LABEL once they are processed."""
+    documents = ingest(lab, names)
+    processed(lab, documents, wait_for)
+    done = lab.playbook("backup", "-e", f"backup_label={LABEL}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return documents
+
+
+@contextlib.contextmanager
+def other_credential(lab: Lab, host: str, name: str, value: str) -> Iterator[None]:
+    """Give the backup program of *host* another *value*; the right one comes back."""
     lab.ssh(
         host,
         f"cd /etc/atlas/backup-credentials && cp -a {name} /root/{name}.kept"
         f" && printf %s '{value}' | systemd-creds encrypt --name=atlas_{name} - - > /root/{name}.new && cat /root/{name}.new > {name}",
     )
+    try:
+        yield
+    finally:
+        lab.ssh(host, f"mv /root/{name}.kept /etc/atlas/backup-credentials/{name}")
 
 
-def return_credential(lab: Lab, host: str, name: str) -> None:
-    """Put the right one back."""
-    lab.ssh(host, f"mv /root/{name}.kept /etc/atlas/backup-credentials/{name}")
+@contextlib.contextmanager
+def full_disk(lab: Lab, host: str) -> Iterator[None]:
+    """Leave no byte to the repository on *host*."""
+    assert lab.operate("fill-disk", lab.name, host, REPOSITORY).returncode == 0
+    try:
+        yield
+    finally:
+        lab.operate("free-disk", lab.name, host, REPOSITORY)

@@ -13,7 +13,6 @@ With LAB_NAME an existing lab serves, and stays.
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import json
 import os
@@ -30,7 +29,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from ansible.module_utils.backup_core import parse_time
-from backuptest import REPOSITORY, fails, replace_credential, return_credential, run, without_timers
+from backuptest import OTHER_KEY, REPOSITORY, fails, other_credential, run, without_timers
 from labtest import PROJECT, Lab, poll, sql
 
 from tests.load.traffic import Traffic
@@ -223,16 +222,6 @@ def page(lab: Lab) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def key(lab: Lab) -> Iterator[None]:
-    """The backup host has another key."""
-    replace_credential(lab, "backup1", "fernet_keys", base64.urlsafe_b64encode(b"k" * 32).decode())
-    try:
-        yield
-    finally:
-        return_credential(lab, "backup1", "fernet_keys")
-
-
-@contextlib.contextmanager
 def schema(lab: Lab) -> Iterator[None]:
     """The store says that it was migrated beyond the release."""
     sql(
@@ -248,7 +237,9 @@ def schema(lab: Lab) -> Iterator[None]:
         )  # fmt: skip
 
 
-HURTS = {"page": page, "key": key, "schema": schema}
+HURTS = {
+    "page": page, "key": lambda lab: other_credential(lab, "backup1", "fernet_keys", OTHER_KEY), "schema": schema,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="class")

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 from backuptest import (
     LABEL,
+    OTHER_KEY,
     REPOSITORY,
     fails,
+    full_disk,
     gone,
     ingest,
+    labelled,
+    other_credential,
     points,
     processed,
-    replace_credential,
-    return_credential,
     run,
     unit,
     without_timers,
@@ -36,14 +37,11 @@ def quiet(lab: Lab) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def kept(lab: Lab, wait_for: Callable[..., Any]) -> dict[str, dict[str, str]]:
     """Documents by the last thing that saved them: a label, an increment, or nothing."""
-    labelled = ingest(lab, ["a1", "a2", "a3"])
-    processed(lab, labelled, wait_for)
-    done = lab.playbook("backup", "-e", f"backup_label={LABEL}")
-    assert done.returncode == 0, done.stdout + done.stderr
+    named = labelled(lab, wait_for, ["a1", "a2", "a3"])
     saved = ingest(lab, ["b1", "b2"])
     processed(lab, saved, wait_for)
     assert unit(lab, HOST, "increment") == ""
-    return {"labelled": labelled, "saved": saved, "lost": ingest(lab, ["c1"])}
+    return {"labelled": named, "saved": saved, "lost": ingest(lab, ["c1"])}
 
 
 def test_a_destroyed_store_comes_back_as_of_the_last_increment(
@@ -87,12 +85,8 @@ def test_a_restore_that_the_service_refuses_undoes_itself(
 
 
 def test_a_drill_fails_without_the_key(lab: Lab, wait_for: Callable[..., Any], kept: dict[str, dict[str, str]]) -> None:
-    other = base64.urlsafe_b64encode(b"k" * 32).decode()
-    replace_credential(lab, HOST, "fernet_keys", other)
-    try:
+    with other_credential(lab, HOST, "fernet_keys", OTHER_KEY):
         fails(lab, HOST, wait_for, "drill", "need a key that is not in the keyring")
-    finally:
-        return_credential(lab, HOST, "fernet_keys")
 
 
 def test_a_drill_fails_on_a_schema_that_the_release_cannot_read(
@@ -157,11 +151,8 @@ path.write_text(json.dumps(report))
 """
     before = points(lab, HOST)
     assert lab.ssh(HOST, age).returncode == 0
-    replace_credential(lab, HOST, "restic_password", "not the password")
-    try:
+    with other_credential(lab, HOST, "restic_password", "not the password"):
         fails(lab, HOST, wait_for, "increment", "wrong password")
-    finally:
-        return_credential(lab, HOST, "restic_password")
     assert points(lab, HOST) == before
     assert "check is overdue: last success 1970-01-01T00:00:01" in str(lab.http("GET", "/health").body["backup"])
     metrics = lab.http("GET", "/metrics").body
@@ -173,11 +164,8 @@ path.write_text(json.dumps(report))
 
 def test_a_full_disk_is_named(lab: Lab, wait_for: Callable[..., Any], kept: dict[str, dict[str, str]]) -> None:
     before = points(lab, HOST)
-    assert lab.operate("fill-disk", lab.name, HOST, REPOSITORY).returncode == 0
-    try:
+    with full_disk(lab, HOST):
         fails(lab, HOST, wait_for, "increment", "full disk")
-    finally:
-        lab.operate("free-disk", lab.name, HOST, REPOSITORY)
     assert points(lab, HOST) == before
 
 

@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 from backuptest import (
-    LABEL,
     REPOSITORY,
     fails,
+    full_disk,
     gone,
     ingest,
+    labelled,
+    other_credential,
     points,
     processed,
-    replace_credential,
-    return_credential,
     run,
     unit,
     without_timers,
@@ -36,11 +36,7 @@ def quiet(lab: Lab) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def kept(lab: Lab, wait_for: Callable[..., Any]) -> dict[str, str]:
     """Documents that a labelled backup holds."""
-    documents = ingest(lab, ["a1", "a2", "a3"])
-    processed(lab, documents, wait_for)
-    done = lab.playbook("backup", "-e", f"backup_label={LABEL}")
-    assert done.returncode == 0, done.stdout + done.stderr
-    return documents
+    return labelled(lab, wait_for, ["a1", "a2", "a3"])
 
 
 def test_a_drill_proves_backup_and_log(lab: Lab, kept: dict[str, str]) -> None:
@@ -128,16 +124,10 @@ def test_a_wrong_password_and_a_full_disk_are_named(
     lab: Lab, wait_for: Callable[..., Any], kept: dict[str, str]
 ) -> None:
     before = points(lab, BACKUP)
-    replace_credential(lab, BACKUP, "restic_password", "not the password")
-    try:
+    with other_credential(lab, BACKUP, "restic_password", "not the password"):
         fails(lab, BACKUP, wait_for, "drill", "wrong password")
-    finally:
-        return_credential(lab, BACKUP, "restic_password")
-    assert lab.operate("fill-disk", lab.name, BACKUP, REPOSITORY).returncode == 0
-    try:
+    with full_disk(lab, BACKUP):
         fails(lab, BACKUP, wait_for, "drill", "full disk")
-    finally:
-        lab.operate("free-disk", lab.name, BACKUP, REPOSITORY)
     assert points(lab, BACKUP) == before
 
 
