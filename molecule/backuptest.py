@@ -77,20 +77,25 @@ def run(lab: Lab, host: str, *arguments: str) -> tuple[int, Any]:
     return done.returncode, json.loads(done.stdout) if done.returncode == 0 else done.stderr.strip()
 
 
-def fails(lab: Lab, host: str, wait_for: Callable[..., Any], job: str, name: str) -> None:
-    """Run *job*, which has to fail and to name its cause *name*, there and in /health."""
+def refused(lab: Lab, host: str, job: str, name: str) -> None:
+    """Run *job*, which has to fail and to name its cause *name*."""
     status, said = run(lab, host, job)
     assert status == 1, said
     assert name in said, said
 
-    def seen() -> bool:
-        health = lab.http("GET", "/health").body
-        shown = health["backup"]["problems"] if isinstance(health, dict) else []
-        return (
-            any(line.startswith(f"{job} failed") and name in line for line in shown) and health["status"] == "degraded"
-        )
 
-    wait_for(seen, 30, f"/health names the failure of {job}: {name}")
+def shown(lab: Lab, job: str, name: str) -> bool:
+    """Whether /health shows that *job* failed, and its cause *name*."""
+    health = lab.http("GET", "/health").body
+    if not isinstance(health, dict) or health["status"] != "degraded":
+        return False
+    return any(line.startswith(f"{job} failed") and name in line for line in health["backup"]["problems"])
+
+
+def fails(lab: Lab, host: str, wait_for: Callable[..., Any], job: str, name: str) -> None:
+    """Run *job*, which has to fail and to name its cause *name*, there and in /health."""
+    refused(lab, host, job, name)
+    wait_for(lambda: shown(lab, job, name), 30, f"/health names the failure of {job}: {name}")
 
 
 def points(lab: Lab, host: str) -> list[str]:
