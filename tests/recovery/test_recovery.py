@@ -268,23 +268,7 @@ class TestPostgresql:
     """The log arrives as it is written."""
 
     def test_p99_of_ingestion_under_a_backup_that_never_ends(self, postgresql: Stage) -> None:
-        """A report, and no target: but not one request may fail."""
-        lab, found = postgresql.lab, {}
-        with Traffic(lab.folder / "access.json", RATE, slow_seconds=0) as traffic:
-            time.sleep(CALM_SECONDS)
-            began = time.time()
-            backing_up = lab.start(postgresql.backup, BACKUP_LOOP)
-            time.sleep(CALM_SECONDS)
-            ended = time.time()
-            lab.ssh(postgresql.backup, "touch /run/proof-ends")
-            taken = backing_up.communicate(timeout=600)[0].split().count("taken")
-        postgresql.ledger.add(traffic)
-        for name, since, until in (("without", began - CALM_SECONDS, began), ("under backup", began, ended)):
-            values = percentiles([one.latency for one in traffic.outcomes if since <= one.due < until])
-            found[name] = {key: round(1000 * value, 1) for key, value in values.items()}
-        postgresql.note("latency of POST in ms", {**found, "base_backups": taken})
-        assert taken > 0 and backing_up.returncode == 0
-        assert traffic.judge().good, traffic.judge()
+        latency_under_backup(postgresql)
 
     @pytest.mark.parametrize(
         ("hurt", "cause"),
@@ -363,6 +347,9 @@ class TestPostgresql:
 class TestSqlite:
     """The store is copied every so often."""
 
+    def test_p99_of_ingestion_under_a_backup_that_never_ends(self, sqlite: Stage) -> None:
+        latency_under_backup(sqlite)
+
     def test_the_data_directory(self, sqlite: Stage) -> None:
         lab = sqlite.lab
         kill = "systemctl kill -s KILL 'atlas-*@blue.service' 'atlas-*@green.service'; rm -rf /var/lib/atlas/*"
@@ -375,6 +362,26 @@ class TestSqlite:
 
     def test_the_whole_host_with_a_copy_of_the_repository(self, sqlite: Stage, tmp_path: Path) -> None:
         everything_with_a_copy(sqlite, tmp_path, QUICK)
+
+
+def latency_under_backup(stage: Stage) -> None:
+    """Compare the latency of POST without a backup and under one after the other. A report, and no target: but no request may fail."""
+    lab, found = stage.lab, {}
+    with Traffic(lab.folder / "access.json", RATE, slow_seconds=0) as traffic:
+        time.sleep(CALM_SECONDS)
+        began = time.time()
+        backing_up = lab.start(stage.backup, BACKUP_LOOP)
+        time.sleep(CALM_SECONDS)
+        ended = time.time()
+        lab.ssh(stage.backup, "touch /run/proof-ends")
+        taken = backing_up.communicate(timeout=600)[0].split().count("taken")
+    stage.ledger.add(traffic)
+    for name, since, until in (("without", began - CALM_SECONDS, began), ("under backup", began, ended)):
+        values = percentiles([one.latency for one in traffic.outcomes if since <= one.due < until])
+        found[name] = {key: round(1000 * value, 1) for key, value in values.items()}
+    stage.note("latency of POST in ms", {**found, "backups": taken})
+    assert taken > 0 and backing_up.returncode == 0
+    assert traffic.judge().good, traffic.judge()
 
 
 def everything_with_a_copy(stage: Stage, folder: Path, given: list[str]) -> None:
