@@ -10,7 +10,7 @@ proof: bootstrap ## zero loss at full size, in a lab like production: hours
 	@cd molecule/production && $(PROOF_SIZES) LAB_NAME=$(PROOF_LAB) pytest -q -s $(PROOFS); \
 	  status=$$?; $(MAKE) -C $(CURDIR) down LAB=$(PROOF_LAB); exit $$status
 
-recovery: bootstrap ## hosts destroyed under load and recovered, with PostgreSQL [ATLAS_RECOVERY_DOCUMENTS=1000]
+recovery: bootstrap ## hosts destroyed under load and recovered, with both stores [ATLAS_RECOVERY_DOCUMENTS=1000]
 	@$(VENV)/bin/pytest -q -s tests/recovery
 
 bench-deploy: release ## deploys to six hosts beside a plain role [SIZE=small] [JSON=FILE]
