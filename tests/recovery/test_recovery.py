@@ -363,6 +363,17 @@ class TestSqlite:
     def test_the_whole_host_with_a_copy_of_the_repository(self, sqlite: Stage, tmp_path: Path) -> None:
         everything_with_a_copy(sqlite, tmp_path, QUICK)
 
+    def test_the_quarterly_exercise(self, sqlite: Stage) -> None:
+        """It has a lab of its own, beside the one that stands for the environment."""
+        said = sqlite.playbook("ops_quarterly")
+        assert "Nothing needs a person." in said
+        report = json.loads(max((sqlite.lab.folder / "ops").glob("quarterly-*.json")).read_text())
+        steps, documents = (section["rows"][1:] for section in report["sections"])
+        sqlite.note("quarterly exercise", {step[0]: float(step[1]) for step in steps})
+        before, after, lost, changed = map(int, documents[0])
+        assert before == after > 100 and lost == changed == 0
+        assert not (PROJECT / ".lab" / "quarterly-development").exists()
+
 
 def latency_under_backup(stage: Stage) -> None:
     """Compare the latency of POST without a backup and under one after the other. A report, and no target: but no request may fail."""
