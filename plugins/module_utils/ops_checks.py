@@ -26,6 +26,8 @@ WEEKS = 4
 LEAST_REQUESTS = 1000
 """Fewer requests in a week say nothing about how quick or how often wrong they are."""
 KNOWN_KINDS = 1000
+FIRST_BACKUP_SECONDS = 3600.0
+"""An environment that is younger may still wait for the first report of its backups."""
 OFF = ("MAINT", "DRAIN")
 _LOG = "log of the database|the one that is backed up here"
 Facts = Mapping[str, Mapping[str, Any]]
@@ -251,7 +253,9 @@ def _backups(j: Judgement) -> None:
     """What the backup host reports of its jobs."""
     reports = {host: fact["backup"] for host, fact in j.there.items() if fact["backup"].get("jobs")}
     expected = j.policy["backup_host"]
-    if expected in j.there and expected not in reports:
+    began = _began(j)
+    is_new = began is not None and j.now - began < FIRST_BACKUP_SECONDS
+    if expected in j.there and expected not in reports and not is_new:
         j.find("backup-failed", expected, "backups have never reported")
     for host, report in reports.items():
         for line in backup_core.problems(report, j.now):
@@ -269,6 +273,12 @@ def _jobs(report: Mapping[str, Any], now: float) -> Rows:
     return [re.split(r"  +", line, maxsplit=7) for line in backup_core.table(report, now).splitlines()[1:]]
 
 
+def _began(j: Judgement) -> float | None:
+    """Return the Unix time of the first deployment that the app hosts remember."""
+    entries = [j.there[host]["atlas"]["first_entry"] for host in j.policy["hosts"] if host in j.there]
+    return min((rotation.unix(entry) for entry in entries if entry), default=None)
+
+
 def _ages(j: Judgement, fleet: Mapping[str, Any]) -> None:
     """Certificates by the days that are left, secrets by the days since they were new."""
     rows = [["WHAT", "ON", "AGE", "LIMIT", "STATE"]]
@@ -284,9 +294,8 @@ def _ages(j: Judgement, fleet: Mapping[str, Any]) -> None:
             j.find("certificate-ends", edge, f"the certificate ends in {days} days")
     journals = {host: j.there[host]["atlas"] for host in j.policy["hosts"] if host in j.there}
     states = rotation.states({host: fact["rotations"] for host, fact in journals.items()})
-    moments = [rotation.unix(fact["first_entry"]) for fact in journals.values() if fact["first_entry"]]
     where = next(iter(journals), "-")
-    for each in rotation.ages(states, j.policy["rotation_days"], min(moments, default=None), j.now):
+    for each in rotation.ages(states, j.policy["rotation_days"], _began(j), j.now):
         unfinished = rotation.under_way(states.get(each["kind"], {}))
         age = "unknown" if each["days"] is None else f"{each['days']} days"
         rows.append(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import datetime
 import json
 from collections.abc import Callable
 from typing import Any
@@ -310,6 +311,18 @@ def test_within_is_the_least_bound() -> None:
     histogram = {"+Inf": 100, "10": 50, "50": 98, "100": 99, "1000": 99}
     assert (within(histogram, 0.5), within(histogram, 0.99)) == (10, 100)
     assert within(histogram, 0.999) == 2000, "beyond the last bound"
+
+
+@pytest.mark.parametrize("name", ["daily", "weekly"])
+@pytest.mark.parametrize(("minutes", "kinds"), [(10, []), (90, [("backup-failed", "backup1")])])
+def test_backups_that_never_reported_are_found_unless_all_is_new(name: str, minutes: int, kinds: list[Any]) -> None:
+    first = datetime.datetime.fromtimestamp(NOW - 60 * minutes, datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+    def change(facts: dict[str, Any]) -> None:
+        facts["backup1"]["backup"] = {}
+        facts["app1"]["atlas"]["first_entry"] = first
+
+    assert found(check(name, change)) == kinds
 
 
 FAILED_PLAYBOOK = """
