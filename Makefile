@@ -51,7 +51,7 @@ FULL_SIZES := ATLAS_CRASH_DOCUMENTS=2000 ATLAS_BLOCKED_JOBS=100000 ATLAS_EXAMPLE
 
 test-full: ## the same at full size, the proofs of deploys and recovery, then the bench, whose targets are reported
 	@$(FULL_SIZES) $(MAKE) test
-	@$(VENV)/bin/pytest -q tests/rehearsal
+	@$(VENV)/bin/pytest -q tests/rehearsal tests/promotion
 	@$(MAKE) rotations
 	@$(MAKE) proof
 	@$(FULL_SIZES) $(MAKE) recovery
