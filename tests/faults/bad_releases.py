@@ -148,10 +148,12 @@ SPOILINGS = {
         {f"{PACKAGE}/core.py": RUN.format(seconds=1)},
     ),
     "workers_fail": Spoiling(
-        "every document's job fails; the API is fine",
+        "every document's job fails but the one that monitoring sends through the workers; the API is fine",
         {
             f"{PACKAGE}/core.py": (
-                "\n\ndef _document(self, work):\n    raise RuntimeError('spoiled')\n\n\nProcessor._document = _document\n"
+                "\n\n_good = Processor._document\n\n\ndef _document(self, work, asked):\n"
+                "    if work.title is not None or work.url is not None:\n        raise RuntimeError('spoiled')\n"
+                "    return _good(self, work, asked)\n\n\nProcessor._document = _document\n"
             )
         },
     ),
