@@ -237,11 +237,21 @@ def test_breakers_services_and_failures_are_shown(app: Flask, browser_of: FlaskC
         now = store.now(connection)
         open_host = {"name": "slow.test", "state": "open", "failures": 10, "open_until": now + 60_000}
         connection.execute(insert(hosts), [open_host | {"error": "no answer", "changed_at": now}])
-        at = {"ready": 7, "running": 1, "dead": 2, "finished": 0, "failed": 0}
-        connection.execute(insert(queue_samples), [at | {"at": now - 60_000}, at | {"at": now}])
+        at = {"ready": 7, "running": 1, "dead": 2, "finished": 30, "failed": 0}
+        moments = (now - 400_000, now - 60_000, now)
+        connection.execute(insert(queue_samples), [at | {"at": moment} for moment in moments])
     job_id = dead_letter(app, "404 Not Found")
     page = browser_of.get("/").text
-    for text in ("slow.test", "no answer", ">open<", "<desc", "at most 7 ready", "404 Not Found", ">in service<"):
+    for text in (
+        "slow.test",
+        "no answer",
+        ">open<",
+        "<desc",
+        "at most 7 ready",
+        "404 Not Found",
+        ">in service<",
+        "<dd>60</dd>",
+    ):
         assert text in page
     assert f'aria-label="Requeue job {job_id}"' in page and "test1" in page and ">silent<" not in page
     health = app.test_client().get("/health").json

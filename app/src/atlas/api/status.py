@@ -35,6 +35,7 @@ blueprint = Blueprint("status", __name__, template_folder="templates")
 log = structlog.get_logger("atlas.api")
 SHOWN = 20
 TROUBLED = ("open", "half_open")
+RECENT_MS = 300_000
 LOOKED_AT = 5000  # of the last events, to find failures among them
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'self'; form-action 'self'; base-uri 'none';"
@@ -147,11 +148,13 @@ def _overview(shared: State) -> dict[str, Any]:
     with shared.database.read() as connection:
         now = shared.database.now(connection)
         samples = select(queue_samples).where(queue_samples.c.at > now - DAY_MS).order_by(queue_samples.c.at)
+        samples_of_day = [dict(row._mapping) for row in connection.execute(samples)]
         latest = select(job_events).order_by(job_events.c.id.desc()).limit(LOOKED_AT).subquery()
         failures = select(latest).where(latest.c.event.in_(("failed", "lost", "died"))).limit(SHOWN)
         return {
             "now": now,
-            "chart": chart([dict(row._mapping) for row in connection.execute(samples)], now),
+            "chart": chart(samples_of_day, now),
+            "finished": sum(sample["finished"] for sample in samples_of_day if sample["at"] > now - RECENT_MS),
             "failures": connection.execute(failures).all(),
             "breakers": [host for state in TROUBLED for host in breakers.listed(shared.database, state, SHOWN)[0]],
             "dead_letters": shared.queue.find(Which(state="dead"), SHOWN)[0],
