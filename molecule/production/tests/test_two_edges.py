@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from urllib.parse import urlsplit
 
 import pytest
 from interruptions import await_rest
-from labtest import PROJECT, Lab
+from labtest import Lab
 from patchtest import OFFER, PUBLISH, booted, on
 from prooftest import load, wait_until
 
-sys.path.insert(0, str(PROJECT))
-
-from tests.load.traffic import Traffic  # noqa: E402
+from tests.load.traffic import Traffic
 
 LISTENS = "ss -Hltn 'sport = :443'"
 
