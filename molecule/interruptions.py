@@ -18,7 +18,7 @@ from prooftest import deploy_command, wait_until
 
 END_SECONDS = 400.0
 """No deploy lasts longer, whatever was done to it: every wait ends."""
-LEFT = """for file in transaction.json lease.json; do test ! -e /var/lib/atlas-deploy/$file || echo "left $file"; done
+LEFT = """for file in transaction.json lease.json; do test ! -e /var/lib/atlas-deploy/$file || { echo "left $file"; cat /var/lib/atlas-deploy/$file; }; done
 if test -S /run/haproxy/admin.sock; then
   sed -n 's/^active /active /p' /etc/haproxy/slot.map
   python3 - <<'PYTHON'
@@ -34,23 +34,26 @@ fi
 
 def await_rest(lab: Lab) -> None:
     """Assert that no host has anything left of a deploy, and that every app host gets traffic from every edge."""
-    wait_until(lambda: _at_rest(lab), 60, "nothing is left of a deploy, and every app host gets traffic")
+    deadline = time.monotonic() + 60
+    while unrest := _unrest(lab):
+        assert time.monotonic() < deadline, "60 s after a deploy:\n" + "\n".join(unrest)
+        time.sleep(0.3)
 
 
-def _at_rest(lab: Lab) -> bool:
+def _unrest(lab: Lab) -> list[str]:
+    """Return what is still left of a deploy, and which app hosts get no traffic: a line each."""
+    found = []
     for host in lab.group("app"):
-        if lab.ssh(host, LEFT).stdout.strip():
-            return False
+        found += [f"{host}: {line}" for line in lab.ssh(host, LEFT).stdout.splitlines() if line.strip()]
     for host in lab.group("edge"):
-        said = lab.ssh(host, LEFT).stdout
-        if "left " in said or "active " not in said:
-            return False
-        active, _, stat = said.partition("active ")[2].partition("\n")
-        rows = csv.DictReader(io.StringIO(stat.strip().removeprefix("# ")))
-        states = [row["status"] for row in rows if row["pxname"] == active.strip() and row["type"] == "2"]
-        if states != ["UP"] * len(lab.group("app")):
-            return False
-    return True
+        left, _, seen = lab.ssh(host, LEFT).stdout.partition("active ")
+        active, _, stat = seen.partition("\n")
+        rows = [row for row in csv.DictReader(io.StringIO(stat.strip().removeprefix("# "))) if row["type"] == "2"]
+        states = {row["svname"]: row["status"] for row in rows if row["pxname"] == active.strip()}
+        found += [f"{host}: {line}" for line in left.splitlines()]
+        if list(states.values()) != ["UP"] * len(lab.group("app")):
+            found.append(f"{host}: {active.strip() or 'no slot is active'}: {states}")
+    return found
 
 
 @contextmanager
