@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import datetime
+import fcntl
 import hashlib
 import io
 import os
@@ -19,13 +20,15 @@ import ssl
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 POLL_SECONDS = 0.05
 COMMAND_SECONDS = 5.0
 RELOAD_SECONDS = 5.0
+LOCK_SECONDS = 15.0
 
 
 class RuntimeFailure(Exception):
@@ -55,6 +58,11 @@ class Server:
     def up(self) -> bool:
         """Whether it takes traffic and its checks pass."""
         return self.status == "UP" and self.check.removeprefix("* ") == "L7OK"
+
+    @property
+    def out(self) -> bool:
+        """Whether it gets no new requests."""
+        return self.status.split()[0] in ("DRAIN", "MAINT", "DOWN")
 
     def report(self) -> dict[str, str | int]:
         """Return what a user wants to see of it."""
@@ -104,6 +112,35 @@ class RuntimeSocket:
                 if time.monotonic() >= deadline:
                     raise
                 time.sleep(POLL_SECONDS)
+
+    @contextmanager
+    def steady(self) -> Iterator[None]:
+        """Keep reloads out while orders are given and read back, having waited for one that is going on.
+
+        A new worker process starts with what is saved at the beginning of a reload; what the old one is told after that, it
+        would never learn. Not to be nested.
+        """
+        deadline = time.monotonic() + LOCK_SECONDS
+        path = Path(self.path).with_name("reload.lock")
+        try:
+            lock = path.open("a")
+        except FileNotFoundError:
+            raise RuntimeFailure(
+                f"{path.parent} does not exist, so HAProxy does not run. See on that host: systemctl status haproxy"
+            ) from None
+        with lock:
+            while True:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() >= deadline:
+                        raise RuntimeFailure(
+                            f"HAProxy was not told anything: a reload has held {path} for {LOCK_SECONDS:.0f} s. "
+                            "See on that host: systemctl status haproxy"
+                        ) from None
+                    time.sleep(POLL_SECONDS)
+            yield
 
     def order(self, command: str) -> None:
         """Send a *command* that answers nothing when it is obeyed; raise RuntimeFailure with what it answered."""
@@ -171,9 +208,11 @@ class Balancer:
                     held[name] = held.get(name, 0) + servers[name].sessions
         return held
 
-    def _set_state(self, names: Iterable[str], state: str) -> None:
-        for name in names:
-            self.runtime.order(f"set server {name} state {state}")
+    def set_state(self, names: Iterable[str], state: str) -> None:
+        """Order *names* into *state* (``ready``, ``drain`` or ``maint``), so that a reload knows of it; nothing is read back."""
+        with self.runtime.steady():
+            for name in names:
+                self.runtime.order(f"set server {name} state {state}")
 
     def _wait(
         self, names: list[str], done: Callable[[Server], bool], deadline: float, failure: Callable[[list[Server]], str]
@@ -190,7 +229,7 @@ class Balancer:
 
     def maint(self, names: list[str]) -> dict[str, Server]:
         """Take *names* out of traffic and checks at once; requests in flight go on."""
-        self._set_state(names, "maint")
+        self.set_state(names, "maint")
         return self._wait(names, lambda s: s.status == "MAINT", time.monotonic() + COMMAND_SECONDS, _still("MAINT"))
 
     def require_others(self, names: Iterable[str], count: int) -> None:
@@ -215,8 +254,10 @@ class Balancer:
     def emptied(self, names: list[str], seconds: float) -> None:
         """Do the same without maint at the end: health checks go on, so that :meth:`ready` need not wait for them."""
         deadline = time.monotonic() + seconds
-        self._set_state([name for name, server in self.servers(names).items() if server.status != "MAINT"], "drain")
-        self._wait(names, lambda s: s.sessions == 0, deadline, lambda late: _not_drained(seconds, map(str, late)))
+        self.set_state([name for name, server in self.servers(names).items() if server.status != "MAINT"], "drain")
+        self._wait(
+            names, lambda s: s.sessions == 0 and s.out, deadline, lambda late: _not_drained(seconds, map(str, late))
+        )
         while held := self.held_by_old_workers(names):
             if time.monotonic() >= deadline:
                 texts = [
@@ -235,7 +276,7 @@ class Balancer:
         known = {name for name, server in self.servers(names).items() if server.status == "DRAIN"}
         begin = time.monotonic()
         deadline = begin + seconds
-        self._set_state(names, "drain")
+        self.set_state(names, "drain")
         failed_since: set[str] = set()
 
         def fresh(server: Server) -> bool:
@@ -256,7 +297,7 @@ class Balancer:
         out = [name for name, server in self.servers(names).items() if not server.status.startswith("UP")]
         if out:
             self.warm(out, seconds, age)
-            self._set_state(out, "ready")
+            self.set_state(out, "ready")
         return self._wait(names, lambda s: s.up, deadline, lambda late: _not_ready(seconds, late))
 
     def map_entries(self, path: str) -> dict[str, str]:
@@ -276,19 +317,20 @@ class Balancer:
 
         When HAProxy refuses, the file returns to what it was.
         """
-        before = Path(path).read_text()
         text = "".join(f"{key} {value}\n" for key, value in content.items())
-        replace_file(Path(path), text)
-        try:
-            version = self.runtime.ask(f"prepare map {path}").rpartition(": ")[2]
-            if content:
-                self.runtime.order(f"add map @{version} {path} <<\n{text}")
-            self.runtime.order(f"commit map @{version} {path}")
-            if self.map_entries(path) != content:
-                raise RuntimeFailure(f"HAProxy took the order but its map {path} does not have the new content")
-        except RuntimeFailure:
-            replace_file(Path(path), before)
-            raise
+        with self.runtime.steady():
+            before = Path(path).read_text()
+            replace_file(Path(path), text)
+            try:
+                version = self.runtime.ask(f"prepare map {path}").rpartition(": ")[2]
+                if content:
+                    self.runtime.order(f"add map @{version} {path} <<\n{text}")
+                self.runtime.order(f"commit map @{version} {path}")
+                if self.map_entries(path) != content:
+                    raise RuntimeFailure(f"HAProxy took the order but its map {path} does not have the new content")
+            except RuntimeFailure:
+                replace_file(Path(path), before)
+                raise
 
     def require_up(self, backend: str, count: int) -> None:
         """Raise RuntimeFailure unless *backend* exists and has at least *count* servers UP."""
@@ -307,16 +349,17 @@ class Balancer:
         When HAProxy refuses, the file returns to what it was.
         """
         self.require_up(value, required)
-        before = Path(path).read_text()
-        replace_file(Path(path), with_entry(before, key, value))
-        try:
-            command = "add" if self.map_value(path, key) is None else "set"
-            self.runtime.order(f"{command} map {path} {key} {value}")
-            if self.map_value(path, key) != value:
-                raise RuntimeFailure(f"HAProxy took the order but its map {path} does not say '{key} {value}'")
-        except RuntimeFailure:
-            replace_file(Path(path), before)
-            raise
+        with self.runtime.steady():
+            before = Path(path).read_text()
+            replace_file(Path(path), with_entry(before, key, value))
+            try:
+                command = "add" if self.map_value(path, key) is None else "set"
+                self.runtime.order(f"{command} map {path} {key} {value}")
+                if self.map_value(path, key) != value:
+                    raise RuntimeFailure(f"HAProxy took the order but its map {path} does not say '{key} {value}'")
+            except RuntimeFailure:
+                replace_file(Path(path), before)
+                raise
         if entries(Path(path).read_text()).get(key) != value:
             raise RuntimeFailure(f"{path} does not say '{key} {value}' though HAProxy does: who else writes it?")
 
@@ -458,25 +501,26 @@ def exchange_certificate(runtime: RuntimeSocket | None, path: Path, pem: str, sh
 
     When HAProxy refuses, the file returns to what it was.
     """
-    before = path.read_text() if path.exists() else None
-    if before is None:
-        path.touch(0o600)
-    path.chmod(0o600)
-    replace_file(path, pem)
-    if runtime is None:
-        return
-    try:
-        # An empty line would end the text early.
-        body = "\n".join(line for line in pem.splitlines() if line.strip())
-        answers = [runtime.ask(f"set ssl cert {path} <<\n{body}\n"), runtime.ask(f"commit ssl cert {path}")]
-        if presented(runtime, str(path)) != sha1:
-            runtime.ask(f"abort ssl cert {path}")
-            said = " ".join(" ".join(answers).split())
-            raise RuntimeFailure(f"HAProxy did not take the new certificate: {said}. It presents the old one.")
-    except RuntimeFailure:
-        if before is not None:
-            replace_file(path, before)
-        raise
+    with runtime.steady() if runtime else nullcontext():
+        before = path.read_text() if path.exists() else None
+        if before is None:
+            path.touch(0o600)
+        path.chmod(0o600)
+        replace_file(path, pem)
+        if runtime is None:
+            return
+        try:
+            # An empty line would end the text early.
+            body = "\n".join(line for line in pem.splitlines() if line.strip())
+            answers = [runtime.ask(f"set ssl cert {path} <<\n{body}\n"), runtime.ask(f"commit ssl cert {path}")]
+            if presented(runtime, str(path)) != sha1:
+                runtime.ask(f"abort ssl cert {path}")
+                said = " ".join(" ".join(answers).split())
+                raise RuntimeFailure(f"HAProxy did not take the new certificate: {said}. It presents the old one.")
+        except RuntimeFailure:
+            if before is not None:
+                replace_file(path, before)
+            raise
 
 
 def is_already(state: str, servers: Mapping[str, Server]) -> bool:

@@ -177,10 +177,11 @@ class Edge:
 
     def _share(self, percent: int) -> None:
         """Give the new servers *percent* of traffic: in memory alone, so that whatever restarts HAProxy ends the trial."""
-        for names, weight in ((self.params["old_servers"], 100 - percent), (self.params["servers"], percent)):
-            for name in names:
-                self.balancer.runtime.order(f"set server {name} weight {weight}")
-        self.balancer.runtime.order(f"set map {self.params['map_path']} {KEY} be_mixed")
+        with self.balancer.runtime.steady():
+            for names, weight in ((self.params["old_servers"], 100 - percent), (self.params["servers"], percent)):
+                for name in names:
+                    self.balancer.runtime.order(f"set server {name} weight {weight}")
+            self.balancer.runtime.order(f"set map {self.params['map_path']} {KEY} be_mixed")
 
     def counts(self) -> dict[str, Any]:
         """Return what happened on the servers since the watch began."""
@@ -202,12 +203,12 @@ class Edge:
 
     def _withdraw(self) -> None:
         if self.params["weight"]:
-            self.balancer.runtime.order(f"set map {self.params['map_path']} {KEY} {self.params['back_to']}")
+            with self.balancer.runtime.steady():
+                self.balancer.runtime.order(f"set map {self.params['map_path']} {KEY} {self.params['back_to']}")
         elif self.params["back_to"]:
             self.balancer.switch(self.params["map_path"], KEY, self.params["back_to"], 1)
         elif self.params["drain_on_failure"]:
-            for name in self.params["servers"]:
-                self.balancer.runtime.order(f"set server {name} state drain")
+            self.balancer.set_state(self.params["servers"], "drain")
 
 
 def watch(params: Mapping[str, Any], app: App | None, edge: Edge | None) -> dict[str, Any]:

@@ -123,11 +123,9 @@ class Edge:
             connection.close()
 
     def reload(self) -> None:
-        """Reload as the unit does: save the state, check, tell the master; wait for the new worker."""
-        before = self.balancer.runtime.ask("show info").split("Pid: ")[1].split()[0]
-        saved = self.container.shell(f"python3 {self.directory}/save-state.py && kill -USR2 1")
-        assert saved.returncode == 0, saved.stderr
-        until(lambda: before != self.balancer.runtime.ask("show info").split("Pid: ")[1].split()[0])
+        """Reload as the unit does."""
+        done = self.container.shell(f"python3 {self.directory}/reload.py 1")
+        assert done.returncode == 0, done.stderr
 
 
 def until(condition: Callable[[], bool], seconds: float = 10) -> None:
@@ -197,7 +195,7 @@ def running(codename: str, directory: Path, haproxy_tls: bool = False) -> Iterat
     place("503.http.j2", "atlas-503.http")
     place("maintenance.html.j2", "maintenance.html")
     (directory / "maintenance.map").touch()
-    place("save-state.py.j2", "save-state.py")
+    place("reload.py.j2", "reload.py")
     (directory / "slot.map").write_text("active be_blue\n")
     (directory / "server-state").write_text("1\n")
     command = ("haproxy", "-W", "-f", f"{directory}/haproxy.cfg", "-S", f"{directory}/master.sock")
@@ -278,6 +276,31 @@ def test_a_reload_keeps_drains(edge: Edge) -> None:
     edge.balancer.warm(["be_blue/app1"], 10)
     edge.reload()
     assert edge.balancer.servers()["be_blue/app1"].status == "DRAIN"
+
+
+def test_no_order_given_during_a_reload_is_forgotten(edge: Edge) -> None:
+    edge.start("app1", "green")
+    edge.balancer.ready(["be_green/app1"], 10)
+    for number in range(16):
+        state, status, backend = [("drain", "DRAIN", "be_green"), ("ready", "UP", "be_blue")][number % 2]
+        reload = threading.Thread(target=edge.reload)
+        reload.start()
+        # Before it, in the middle of it, after it: whatever has been read back has to last.
+        time.sleep(0.05 * number)
+        edge.balancer.set_state(["be_blue/app1"], state)
+        edge.balancer.switch(edge.map, "active", backend, 1)
+        reload.join()
+        assert edge.balancer.servers()["be_blue/app1"].status == status, number
+        assert edge.balancer.map_value(edge.map, "active") == backend, number
+
+
+def test_an_order_waits_for_a_reload_with_an_end(edge: Edge, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ansible.module_utils.haproxy_runtime.LOCK_SECONDS", 0.3)
+    with edge.balancer.runtime.steady(), pytest.raises(RuntimeFailure, match="a reload has held .*reload.lock for 0 s"):
+        edge.balancer.set_state(["be_blue/app1"], "drain")
+    assert edge.balancer.servers()["be_blue/app1"].up
+    with pytest.raises(RuntimeFailure, match="does not exist, so HAProxy does not run"):
+        Balancer("/nowhere/admin.sock").set_state(["be_blue/app1"], "drain")
 
 
 def test_ready_does_not_believe_in_a_dead_server(edge: Edge) -> None:

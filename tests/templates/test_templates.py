@@ -118,12 +118,12 @@ CASES = {
     "haproxy/haproxy.service.conf.j2": Case(
         "/etc/systemd/system/haproxy.service.d/50-atlas.conf",
         'out=$(systemd-analyze verify --man=no haproxy.service 2>&1); echo "$out"; test -z "$out"',
-        needs=("haproxy/save-state.py.j2",),
+        needs=("haproxy/reload.py.j2",),
         breaks=("[Service]", "[Servise]"),
     ),
-    "haproxy/save-state.py.j2": Case(
-        "/usr/local/sbin/haproxy-save-state",
-        "python3 -m py_compile /usr/local/sbin/haproxy-save-state",
+    "haproxy/reload.py.j2": Case(
+        "/usr/local/sbin/haproxy-reload",
+        "python3 -m py_compile /usr/local/sbin/haproxy-reload",
         breaks=("def main()", "def main("),
     ),
     "postgresql/createcluster.conf.j2": Case(

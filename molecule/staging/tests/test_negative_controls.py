@@ -23,7 +23,7 @@ Balancer.emptied = lambda self, names, seconds: None
 NO_WAIT = """
 
 assert Balancer.emptied
-Balancer.emptied = lambda self, names, seconds: self._set_state(names, "drain")
+Balancer.emptied = lambda self, names, seconds: self.set_state(names, "drain")
 """
 SIGKILL = """
 
