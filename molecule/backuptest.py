@@ -18,6 +18,12 @@ LABEL = f"kept-{RUN}"
 OTHER_KEY = base64.urlsafe_b64encode(b"k" * 32).decode()
 """A Fernet key that nobody uses."""
 TIMERS = " ".join(f"atlas-backup-{job}.timer" for job in ("increment", "daily", "check", "drill"))
+DAMAGE = {
+    "flipped": "printf XXXX | dd of={file} bs=1 seek={at} conv=notrunc status=none",
+    "missing": "rm {file}",
+    "truncated": "truncate -s {at} {file}",
+}
+"""Ways to hurt a file, from the byte *at* on."""
 
 
 @contextlib.contextmanager
@@ -126,6 +132,18 @@ def other_credential(lab: Lab, host: str, name: str, value: str) -> Iterator[Non
         yield
     finally:
         lab.ssh(host, f"mv /root/{name}.kept /etc/atlas/backup-credentials/{name}")
+
+
+@contextlib.contextmanager
+def damaged(lab: Lab, host: str, file: str, damage: str, at: int) -> Iterator[None]:
+    """Hurt *file* on *host* in one of the ways of DAMAGE; it comes back as it was."""
+    script = f"cp -a {file} /root/whole && chmod u+w {file} && {DAMAGE[damage].format(file=file, at=at)}"
+    done = lab.ssh(host, script)
+    assert done.returncode == 0, done.stderr
+    try:
+        yield
+    finally:
+        lab.ssh(host, f"rm -f {file}; mv /root/whole {file}")
 
 
 @contextlib.contextmanager

@@ -188,11 +188,10 @@ def properties(lab: Lab, host: str, unit: str) -> dict[str, str]:
     return dict(line.split("=", 1) for line in shown if "=" in line)
 
 
-def sql(lab: Lab, host: str, statement: str) -> str:
+def sql(lab: Lab, host: str, statement: str, timeout: float = 120) -> str:
     """Run *statement* as the superuser on *host*."""
-    answer = lab.ssh(
-        host, f"cd / && runuser -u postgres -- psql -XAtd atlas -v ON_ERROR_STOP=1 <<'SQL'\n{statement}\nSQL\n"
-    )
+    script = f"cd / && runuser -u postgres -- psql -XAtd atlas -v ON_ERROR_STOP=1 <<'SQL'\n{statement}\nSQL\n"
+    answer = lab.ssh(host, script, timeout)
     assert answer.returncode == 0, answer.stderr
     return answer.stdout.strip()
 

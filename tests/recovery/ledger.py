@@ -31,12 +31,18 @@ FROM documents d LEFT JOIN
   ON e.document_id = d.id
 WHERE d.title LIKE 'load-%' ORDER BY d.seq"""
 WAITING = "SELECT count(*) FROM documents WHERE title LIKE 'load-%' AND processed_at IS NULL"
+DELETED = "DELETE FROM jobs; DELETE FROM documents;"
 ASK_SQLITE = """#python
 import sqlite3
 store = sqlite3.connect("file:/var/lib/atlas/atlas.db?mode=ro", uri=True, timeout=60)
 for row in store.execute({statement!r}):
     print(row[0])
 """
+DELETE_SQLITE = f"""#python
+import sqlite3
+sqlite3.connect("/var/lib/atlas/atlas.db", timeout=60).executescript("BEGIN IMMEDIATE; {DELETED} COMMIT")
+"""
+ASK_SECONDS = 600.0
 
 
 class Acknowledged(NamedTuple):
@@ -124,17 +130,26 @@ class Ledger:
 
     def _ask(self, statement: str) -> list[str]:
         if self.database:
-            return sql(self.lab, self.database, statement).splitlines()
-        done = self.lab.ssh(self.app, ASK_SQLITE.format(statement=statement), timeout=300)
+            return sql(self.lab, self.database, statement, ASK_SECONDS).splitlines()
+        done = self.lab.ssh(self.app, ASK_SQLITE.format(statement=statement), ASK_SECONDS)
         assert done.returncode == 0, done.stderr
         return done.stdout.splitlines()
+
+    def delete_all(self) -> None:
+        """Delete every document in the store itself, as a mistake does that no check of the service stops."""
+        if self.database:
+            sql(self.lab, self.database, f"BEGIN; {DELETED} COMMIT", ASK_SECONDS)
+            return
+        done = self.lab.ssh(self.app, DELETE_SQLITE, ASK_SECONDS)
+        assert done.returncode == 0, done.stderr
 
     def settle(self, seconds: float) -> None:
         """Wait until everything that is there is processed."""
         deadline = time.monotonic() + seconds
         while (waiting := int(self._ask(WAITING)[0])) > 0:
             assert time.monotonic() < deadline, f"{waiting} documents are not processed after {seconds:.0f} s"
-            time.sleep(1)
+            # To look costs the store a walk through all documents.
+            time.sleep(1 + waiting / 1000)
 
     def stored(self) -> dict[str, Stored]:
         """Return every document of this proof that the store holds."""

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 from backuptest import (
+    DAMAGE,
     LABEL,
     OTHER_KEY,
     REPOSITORY,
+    damaged,
     fails,
     full_disk,
     gone,
@@ -111,31 +113,17 @@ store.commit()
     fails(lab, HOST, wait_for, "drill", "the schema is at 9999")
 
 
-@pytest.fixture
-def pack(lab: Lab) -> Iterator[str]:
-    """The largest file of the repository; whatever a test does to it is undone."""
-    name = lab.ssh(HOST, f"ls -S {REPOSITORY}/restic/data/*/* | head -1").stdout.strip()
-    assert name
-    lab.ssh(HOST, f"cp -a {name} /root/pack && chmod u+w {name}")
-    yield name
-    lab.ssh(HOST, f"rm -f {name}; cp -a /root/pack {name}")
-
-
-@pytest.mark.parametrize("damage", ["flipped", "missing", "truncated"])
-def test_damage_is_found_named_and_seen_by_the_drill(
-    lab: Lab, wait_for: Callable[..., Any], pack: str, damage: str
-) -> None:
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_found_named_and_seen_by_the_drill(lab: Lab, wait_for: Callable[..., Any], damage: str) -> None:
+    """It is done to the largest file of the repository."""
     before = points(lab, HOST)
-    script = {
-        "flipped": f"printf 'XXXX' | dd of={pack} bs=1 seek=20000 conv=notrunc status=none",
-        "missing": f"rm {pack}",
-        "truncated": f"truncate -s 30000 {pack}",
-    }
-    lab.ssh(HOST, script[damage])
-    fails(lab, HOST, wait_for, "check", "damaged repository")
-    if damage == "flipped":
-        fails(lab, HOST, wait_for, "drill", "damaged repository")
-    assert points(lab, HOST) == before
+    pack = lab.ssh(HOST, f"ls -S {REPOSITORY}/restic/data/*/* | head -1").stdout.strip()
+    assert pack
+    with damaged(lab, HOST, pack, damage, 20000):
+        fails(lab, HOST, wait_for, "check", "damaged repository")
+        if damage == "flipped":
+            fails(lab, HOST, wait_for, "drill", "damaged repository")
+        assert points(lab, HOST) == before
 
 
 def test_a_wrong_password_is_named_and_what_failed_and_is_overdue_is_shown(
