@@ -115,9 +115,9 @@ store.commit()
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damage_is_found_named_and_seen_by_the_drill(lab: Lab, wait_for: Callable[..., Any], damage: str) -> None:
-    """It is done to the largest file of the repository."""
+    """It is done to the oldest file of the repository: that holds the release, which no backup is without."""
     before = points(lab, HOST)
-    pack = lab.ssh(HOST, f"ls -S {REPOSITORY}/restic/data/*/* | head -1").stdout.strip()
+    pack = lab.ssh(HOST, f"ls -tr {REPOSITORY}/restic/data/*/* | head -1").stdout.strip()
     assert pack
     with damaged(lab, HOST, pack, damage, 20000):
         fails(lab, HOST, wait_for, "check", "damaged repository")
