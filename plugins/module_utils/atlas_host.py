@@ -80,7 +80,9 @@ def now() -> str:
 def write_atomically(path: Path, content: str, mode: int = 0o644) -> None:
     """Replace the file at *path* by *content*: readers see the old or the new file, also after a power cut."""
     partial = path.with_name(f".{path.name}.partial")
-    handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+    partial.unlink(missing_ok=True)
+    # Made anew and never opened: in a directory of the service a link could lie in wait there, and root would write through it.
+    handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     with os.fdopen(handle, "w") as file:
         file.write(content)
         os.fchmod(file.fileno(), mode)

@@ -87,19 +87,19 @@ class Agent:
     def _scratch(self) -> Any:
         """A directory of the service's user; one export at a time, and what a killed one left is removed."""
         directory = self.state / "backup"
-        directory.mkdir(mode=0o700, exist_ok=True)
-        with contextlib.suppress(KeyError, PermissionError):
-            user = pwd.getpwnam("atlas")
-            os.chown(directory, user.pw_uid, user.pw_gid)
-        handle = os.open(directory, os.O_RDONLY)
+        with contextlib.suppress(FileExistsError):
+            directory.mkdir(mode=0o700)
+        # The service owns the place, and root works here: a link to elsewhere is not followed, not even if it comes later.
+        handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
+            with contextlib.suppress(KeyError, PermissionError):
+                user = pwd.getpwnam("atlas")
+                os.fchown(handle, user.pw_uid, user.pw_gid)
             fcntl.flock(handle, fcntl.LOCK_EX)
-            for left in directory.iterdir():
-                left.unlink()
+            _empty(handle)
             yield directory
         finally:
-            for left in directory.iterdir():
-                left.unlink()
+            _empty(handle)
             os.close(handle)
 
     def _files(self, have: set[str]) -> list[tuple[str, Path]]:
@@ -136,6 +136,12 @@ class Agent:
         directory.mkdir(mode=0o700, parents=True)
         free = shutil.disk_usage(directory).free - (FREE_MB << 20)
         return len(receive(source, directory, max(0, free)))
+
+
+def _empty(directory: int) -> None:
+    """Remove the files in the open *directory*."""
+    for name in os.listdir(directory):
+        os.unlink(name, dir_fd=directory)
 
 
 def _written(path: Path, content: Mapping[str, Any]) -> Path:

@@ -124,5 +124,7 @@ def _give(path: Path, user: str) -> None:
     """Make *path* and all below it the user's alone."""
     account = pwd.getpwnam(user)
     for entry in [path, *path.rglob("*")]:
+        if entry.is_symlink():  # whoever owns the directory put it there: root would give away what it points at
+            raise HostError(f"{entry} is a link; nothing that is delivered is one.")
         os.chown(entry, account.pw_uid, account.pw_gid)
         entry.chmod(0o700 if entry.is_dir() else 0o600)

@@ -86,6 +86,18 @@ def test_nothing_is_moved_for_a_delivery_that_did_not_come(swap: Swap) -> None:
     assert content(swap) == {"atlas.db": "old", "atlas.db-wal": "old wal"}
 
 
+def test_root_gives_away_nothing_that_a_link_in_the_delivery_points_at(swap: Swap, tmp_path: Path) -> None:
+    deliver(swap, "t1")
+    (tmp_path / "shadow").write_text("root's")
+    (tmp_path / "shadow").chmod(0o640)
+    (swap.store.incoming / "atlas.db").unlink()
+    (swap.store.incoming / "atlas.db").symlink_to(tmp_path / "shadow")
+    with pytest.raises(HostError, match="is a link"):
+        swap.replace("t1")
+    assert (tmp_path / "shadow").stat().st_mode & 0o777 == 0o640
+    assert swap.undo() is True and content(swap) == {"atlas.db": "old", "atlas.db-wal": "old wal"}
+
+
 # The agent
 
 
@@ -174,6 +186,20 @@ def test_a_report_is_kept_and_junk_is_not(agent: backup_agent.Agent) -> None:
     with pytest.raises(BackupError, match="no report"):
         agent.status("[1]")
     assert json.loads(agent.status_file.read_text()) == {"jobs": {}, "expected_since": 1}
+
+
+def test_root_follows_no_link_that_the_service_left_in_its_directory(agent: backup_agent.Agent, tmp_path: Path) -> None:
+    deploy(agent)
+    others = tmp_path / "others"
+    others.mkdir()
+    (others / "shadow").write_text("root's")
+    (tmp_path / "lib" / "backup").symlink_to(others)
+    with pytest.raises(OSError, match="backup"):
+        exported(agent, tmp_path, "sqlite", set())
+    (tmp_path / "lib" / ".status.json.partial").symlink_to(others / "shadow")
+    agent.status('{"jobs": {}}')
+    assert {path.name: path.read_text() for path in others.iterdir()} == {"shadow": "root's"}
+    assert json.loads(agent.status_file.read_text()) == {"jobs": {}} and not agent.status_file.is_symlink()
 
 
 @pytest.mark.parametrize(
