@@ -139,6 +139,14 @@ def tokens(vault: Vault, state: State, now: float, overlap: float, revoke: bool)
     entries: list[dict[str, Any]] = [dict(entry) for entry in vault[TOKENS]]
     overlapping = [entry["previous"]["expires_at"] for entry in entries if entry.get("previous")]
     step = state.get("step") if under_way(state) else None
+    until_ms = int((now + overlap) * 1000)
+    if overlapping and step == "begun" and not revoke and max(overlapping) < until_ms:
+        # A run that was killed before it deployed them: nobody could ask for a new token yet, so the old ones get their time.
+        longer = [
+            entry | {"previous": entry["previous"] | {"expires_at": until_ms}} if entry.get("previous") else entry
+            for entry in entries
+        ]
+        return Step("the old tokens are good for longer", note={"step": "begun"}, vault=vault | {TOKENS: longer})
     if overlapping and (revoke or max(overlapping) <= now * 1000):
         alone = [{key: value for key, value in entry.items() if key != "previous"} for entry in entries]
         expired = {"step": "expired"}
@@ -161,7 +169,6 @@ def tokens(vault: Vault, state: State, now: float, overlap: float, revoke: bool)
             else ""
         )
         return Step(f"the old tokens are refused{cut}", before=("backup",), deploy=True, note={"step": DONE}, ends=True)
-    until_ms = int((now + overlap) * 1000)
     renewed = []
     for entry in entries:
         previous = {} if revoke else {"previous": {"token": entry["token"], "expires_at": until_ms}}

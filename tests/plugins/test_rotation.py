@@ -309,6 +309,21 @@ def test_old_and_new_tokens_are_good_together_and_then_the_old_ones_are_not() ->
     assert rotation.half_rotated(rotation.states({"app1": world.journal})) == []
 
 
+def test_old_tokens_are_good_for_their_time_once_there_are_new_ones_to_ask_for() -> None:
+    world = World()
+    (old,) = world.accepted()
+    world.deadline, world.after = 2, True  # the vault has new tokens, and nothing is deployed
+    with pytest.raises(Killed):
+        run(world, "tokens")
+    assert len(world.accepted()) == 1
+    world.now += 40 * HOUR
+    run(world, "tokens")
+    assert world.accepted()[old] == (world.now + 24 * HOUR) * 1000 and len(world.accepted()) == 2
+    before = world.read()
+    run(world, "tokens")
+    assert world.read() == before, "the end is put off for ever"
+
+
 def test_revoked_at_once_also_in_the_middle_of_an_overlap() -> None:
     world = World()
     (old,) = world.accepted()
