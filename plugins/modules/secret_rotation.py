@@ -83,7 +83,7 @@ class Fleet(rotation.Hosts):
 
     def __init__(self, inventory: Path, project: Path, secrets: VaultFile, how: Sequence[str]) -> None:
         self.inventory, self.project, self.secrets, self.how = inventory, project, secrets, how
-        self.found = survey.take(inventory, project, archives=project / ARCHIVES, also="ansible_ssh_private_key_file")
+        self.found = self.look()
         journals = {host: self.found["facts"].get(host, {}).get("journal", []) for host in self.found["hosts"]}
         self.states = rotation.states(journals)
         moments = [str(journal[0]["at"]) for journal in journals.values() if journal]
@@ -96,11 +96,18 @@ class Fleet(rotation.Hosts):
         self.inapplicable = rotation.inapplicable(groups, tls)
         self.key_files = {str(each.get("ansible_ssh_private_key_file") or "") for each in variables.values()}
 
+    def look(self) -> dict[str, Any]:
+        """Return the survey of the environment as it is now."""
+        archives = self.project / ARCHIVES
+        return survey.take(self.inventory, self.project, archives=archives, also="ansible_ssh_private_key_file")
+
     def state(self, kind: str) -> rotation.State:
         return self.states[kind]
 
     def deploy(self) -> None:
         """Deploy the release in service with what the vault says now; its predecessor, with old credentials, is not kept warm."""
+        # A rotation takes long: what somebody else has deployed since it began is not taken back.
+        self.found = self.look()
         serving = promotion_plan.source_release(self.found)
         if not serving["id"]:
             raise rotation.RotationError("Nothing is in service, so nothing uses the secrets: deploy first.")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import secret_rotation
 import yaml
 from ansible.errors import AnsibleError
 from ansible.module_utils import rotation, vault_file
@@ -463,6 +464,29 @@ def test_ages_are_judged_by_the_policy() -> None:
     assert "OVERDUE" in rotation.age_lines(rows)[0] and "OVERDUE" not in rotation.age_lines(rows)[1]
     assert rotation.ages({}, {"vault": 1}, None, NOW)[0]["overdue"] is False
     assert len(rotation.half_rotated(found)) == 1
+
+
+# --- the fleet ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_release_that_was_deployed_during_a_rotation_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    serving = {"id": "ours"}
+
+    def look(*_: Any, **__: Any) -> dict[str, Any]:
+        facts: dict[str, Any] = {"environment": "shop", "groups": {}, "hosts": [], "variables": {}}
+        return {**facts, "serving": dict(serving)}
+
+    deployed: list[str] = []
+    monkeypatch.setattr(secret_rotation.survey, "take", look)
+    monkeypatch.setattr(secret_rotation.promotion_plan, "source_release", lambda found: found["serving"])
+    monkeypatch.setattr(secret_rotation.release_pin, "find", lambda _, found: found["id"])
+    monkeypatch.setattr(secret_rotation.Fleet, "play", lambda *given: deployed.append(given[2]["release"]))
+    secrets: Any = None
+    fleet = secret_rotation.Fleet(tmp_path / "inventory", tmp_path, secrets, [])
+    fleet.deploy()
+    serving["id"] = "theirs"
+    fleet.deploy()
+    assert deployed == ["ours", "theirs"]
 
 
 # --- the vault file ----------------------------------------------------------------------------------------------------
