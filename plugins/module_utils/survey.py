@@ -64,16 +64,21 @@ def take(
             "ATLAS_SURVEY_KEY": key or secrets.token_hex(32),
             "ANSIBLE_CONFIG": str(project / "ansible.cfg"),
         }
-        done = subprocess.run(
-            [*command, "playbooks/survey.yml", "-e", json.dumps(extra)],
-            cwd=project,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=SECONDS,
-            check=False,
-        )
+        try:
+            done = subprocess.run(
+                [*command, "playbooks/survey.yml", "-e", json.dumps(extra)],
+                cwd=project,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=SECONDS,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            raise SurveyError(
+                f"{inventory} was not read within {SECONDS} s. Which host hangs: ansible -i {inventory} all -m ping"
+            ) from None
         try:
             found = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError):

@@ -16,7 +16,7 @@ import pytest
 import secret_rotation
 import yaml
 from ansible.errors import AnsibleError
-from ansible.module_utils import rotation, vault_file
+from ansible.module_utils import promotion_plan, release_pin, rotation, survey, vault_file
 from ansible.module_utils.lab_inventory import encrypt_vault
 from ansible.module_utils.labs import LabError
 from ansible.module_utils.rotation import DONE, ESCROW, FERNET, TOKENS, fingerprint
@@ -477,9 +477,9 @@ def test_a_release_that_was_deployed_during_a_rotation_stays(tmp_path: Path, mon
         return {**facts, "serving": dict(serving)}
 
     deployed: list[str] = []
-    monkeypatch.setattr(secret_rotation.survey, "take", look)
-    monkeypatch.setattr(secret_rotation.promotion_plan, "source_release", lambda found: found["serving"])
-    monkeypatch.setattr(secret_rotation.release_pin, "find", lambda _, found: found["id"])
+    monkeypatch.setattr(survey, "take", look)
+    monkeypatch.setattr(promotion_plan, "source_release", lambda found: found["serving"])
+    monkeypatch.setattr(release_pin, "find", lambda _, found: found["id"])
     monkeypatch.setattr(secret_rotation.Fleet, "play", lambda *given: deployed.append(given[2]["release"]))
     secrets: Any = None
     fleet = secret_rotation.Fleet(tmp_path / "inventory", tmp_path, secrets, [])
@@ -487,6 +487,17 @@ def test_a_release_that_was_deployed_during_a_rotation_stays(tmp_path: Path, mon
     serving["id"] = "theirs"
     fleet.deploy()
     assert deployed == ["ours", "theirs"]
+
+
+def test_a_playbook_that_hangs_ends_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(survey, "SECONDS", 0.01)
+    with pytest.raises(survey.SurveyError, match="shop was not read within 0.01 s"):
+        survey.take(tmp_path / "shop", tmp_path)
+    monkeypatch.setattr(secret_rotation, "SECONDS", 0.01)
+    fleet = object.__new__(secret_rotation.Fleet)
+    fleet.inventory, fleet.project, fleet.how = tmp_path / "shop", tmp_path, []
+    with pytest.raises(rotation.RotationError, match="rotate_hosts.yml did not end"):
+        fleet.play("rotate_hosts.yml", {})
 
 
 # --- the vault file ----------------------------------------------------------------------------------------------------
