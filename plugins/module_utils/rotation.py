@@ -55,7 +55,8 @@ def fingerprint(key: str) -> str:
 def states(journals: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
     """Return kind → last entry of its rotation on any host, with *generation* and *finished_at* (Unix time, None for never).
 
-    The hosts are told at the same time; of one that missed an entry the others know more.
+    The hosts are told at the same time; of one that missed an entry the others know more. Which entry came last is told by
+    its *order*, which only grows, and not by clocks: those of hosts differ, and are set back.
     """
     found: dict[str, dict[str, Any]] = {}
     for kind in KINDS:
@@ -66,7 +67,7 @@ def states(journals: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dic
             if entry.get("event") == EVENT and entry.get("kind") == kind
         ]
         finished = {entry[0]: entry for entry in entries if entry[2].get("step") == DONE}
-        last = max(entries, key=lambda each: (each[0], int(each[2].get("order", 0))), default=None)
+        last = max(entries, key=lambda each: (int(each[2].get("order", 0)), each[0]), default=None)
         found[kind] = {
             **(dict(last[2]) if last else {}),
             "generation": max((int(entry[2].get("generation", 0)) for entry in finished.values()), default=0),

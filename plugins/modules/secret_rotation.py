@@ -125,7 +125,8 @@ class Fleet(rotation.Hosts):
         commands: Sequence[Sequence[str]] = (),
         entry: Mapping[str, Any] | None = None,
     ) -> list[str]:
-        whole = {"kind": kind, "order": time.time_ns(), "by": controller()["holder"], **entry} if entry else {}
+        order = max(time.time_ns(), int(self.states[kind].get("order", 0)) + 1)
+        whole = {"kind": kind, "order": order, "by": controller()["holder"], **entry} if entry else {}
         of = rotation.LOGINS.get(kind)
         previous = self.secrets.read().get(of.previous) if of and "idle" in acts else None
         with tempfile.TemporaryDirectory(prefix="atlas-rotation-") as folder:

@@ -449,6 +449,15 @@ def test_what_an_environment_has_no_use_for_is_not_rotated() -> None:
     assert rotation.inapplicable({"database": ["db1"], "backup": ["backup1"]}, True) == {}
 
 
+def test_a_clock_that_is_set_back_hides_no_step() -> None:
+    entry = {"event": "rotation", "kind": "fernet", "generation": 1}
+    ahead = [
+        {**entry, "step": DONE, "at": "2028-01-01T00:00:00Z", "order": 5},
+        {**entry, "step": "begun", "new": "x", "at": "2027-01-10T00:00:00Z", "order": 6},
+    ]
+    assert rotation.states({"app1": ahead, "app2": ahead[:1]})["fernet"]["step"] == "begun"
+
+
 def test_ages_are_judged_by_the_policy() -> None:
     journal: list[dict[str, Any]] = [
         {"event": "rotation", "kind": "tokens", "step": DONE, "generation": 3, "at": "2026-12-01T00:00:00Z"},
