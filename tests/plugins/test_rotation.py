@@ -498,6 +498,18 @@ def test_a_release_that_was_deployed_during_a_rotation_stays(tmp_path: Path, mon
     assert deployed == ["ours", "theirs"]
 
 
+@pytest.mark.parametrize("revoke", ["true", ""])
+def test_who_asks_to_revoke_in_other_words_gets_no_overlap_instead(tmp_path: Path, revoke: str) -> None:
+    """A wrong word would have rotated with an overlap, in which what has leaked stays good."""
+    (tmp_path / "hosts.yml").write_text("app: {hosts: {one: {ansible_connection: local, atlas_environment: shop}}}\n")
+    command = [str(Path(sys.executable).with_name("ansible-playbook")), "-i", str(tmp_path / "hosts.yml")]
+    command += ["playbooks/rotate_secrets.yml", "-e", f"revoke={revoke}", "-e", "confirm=shop"]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
+    said = " ".join(done.stdout.split())
+    assert done.returncode != 0 and "Nothing was changed" in said and "-e revoke=now" in said
+    assert "PLAY [Rotate]" not in done.stdout
+
+
 def test_a_playbook_that_hangs_ends_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(survey, "SECONDS", 0.01)
     with pytest.raises(survey.SurveyError, match="shop was not read within 0.01 s"):
