@@ -219,6 +219,21 @@ class Fleet(rotation.Hosts):
             raise rotation.RotationError(f"playbooks/{playbook} failed (all of it is in {self.log}):\n{told}")
 
 
+def left_out(kinds: Sequence[str], is_all: bool, fleet: Fleet, secrets: VaultFile) -> dict[str, str]:
+    """Return kind → why it is not rotated here. Raises VaultError for the vault password if it was asked for by name."""
+    reasons = dict(fleet.inapplicable)
+    if is_all and fleet.key_files == {""}:
+        reasons["ssh"] = "the inventory names no ansible_ssh_private_key_file. By hand: docs/how-to/secrets.md"
+    if "vault" in kinds:
+        try:
+            secrets.password_file()
+        except VaultError as error:
+            if not is_all:
+                raise
+            reasons["vault"] = str(error)
+    return reasons
+
+
 def main() -> None:
     """Run the module."""
     module = AnsibleModule(
@@ -251,9 +266,7 @@ def main() -> None:
                 *(["--diff"] if module._diff else []),
             ]
             fleet = Fleet(inventory, project, secrets, how)
-            reasons = dict(fleet.inapplicable)
-            if is_all and fleet.key_files == {""}:
-                reasons["ssh"] = "the inventory names no ansible_ssh_private_key_file. By hand: docs/how-to/secrets.md"
+            reasons = left_out(kinds, is_all, fleet, secrets)
             lines += [f"{kind:8} is not rotated here: {reasons[kind]}" for kind in kinds if kind in reasons]
             for kind in [] if module.check_mode else [kind for kind in kinds if kind not in reasons]:
                 for line in rotation.rotate(

@@ -637,6 +637,22 @@ def test_a_password_from_elsewhere_is_not_changed_here(checkout: Path, monkeypat
         opened(checkout).rekey()
 
 
+def test_a_password_from_elsewhere_is_told_before_anything_is_begun(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was noted as begun first, and stayed half rotated for ever; of all kinds it made the last one fail."""
+    monkeypatch.setenv("ATLAS_VAULT_PASSWORD_SHOP", password(checkout).read_text().strip())
+    fleet = object.__new__(secret_rotation.Fleet)
+    fleet.inapplicable, fleet.key_files = {}, {"key"}
+    with pytest.raises(VaultError, match="the variable ATLAS_VAULT_PASSWORD_SHOP"):
+        secret_rotation.left_out(["vault"], False, fleet, opened(checkout))
+    told = secret_rotation.left_out(list(rotation.KINDS), True, fleet, opened(checkout))
+    assert list(told) == ["vault"] and "ansible-vault rekey" in told["vault"]
+    assert secret_rotation.left_out(["tokens"], False, fleet, opened(checkout)) == {}
+    monkeypatch.delenv("ATLAS_VAULT_PASSWORD_SHOP")
+    assert secret_rotation.left_out(["vault"], False, fleet, opened(checkout)) == {}
+
+
 def test_in_between_playbooks_go_on_and_say_what_to_do(checkout: Path) -> None:
     for name in ("plugins/inventory", "plugins/module_utils"):
         shutil.copytree(PROJECT / name, checkout / name)
