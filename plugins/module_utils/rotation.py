@@ -111,13 +111,15 @@ def fernet(vault: Vault, state: State, now: float, overlap: float, revoke: bool)
             vault=vault | {FERNET: [key, *others]},
         )
     if others:
+        # One that was copied back for a backup from before its rotation is there already.
+        retired = list(dict.fromkeys([*others, *(vault.get(ESCROW) or [])]))
         return Step(
             "what older keys encrypted is encrypted anew; they retire",
             before=("backup",),
             deploy=True,
             commands=(("keys", "reencrypt", "--json"), ("keys", "retire-check", "--json")),
             note={"step": "reencrypted", "new": new},
-            vault=vault | {FERNET: [key], ESCROW: [*others, *(vault.get(ESCROW) or [])]},
+            vault=vault | {FERNET: [key], ESCROW: retired},
         )
     return Step(
         "the old keys are gone",

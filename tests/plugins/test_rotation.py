@@ -360,6 +360,16 @@ def test_keys_that_were_there_before_retire_too() -> None:
     assert len(world.vault[FERNET]) == 1 and len(world.vault[ESCROW]) == 2
 
 
+def test_a_key_that_was_copied_back_from_the_escrow_retires_again() -> None:
+    """As docs/how-to/secrets.md says for a backup from before a rotation."""
+    world = World()
+    run(world, "fernet")
+    world.vault[FERNET] += world.vault[ESCROW]
+    world.deployed = world.read()
+    run(world, "fernet")
+    assert len(world.vault[FERNET]) == 1 and len(world.vault[ESCROW]) == 2
+
+
 @pytest.mark.parametrize("kind", list(rotation.LOGINS))
 def test_two_logins_take_turns(kind: str) -> None:
     world = World()
