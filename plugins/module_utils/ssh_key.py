@@ -36,8 +36,10 @@ class KeyFile:
             for file in (draft, _public(draft)):
                 file.unlink(missing_ok=True)
             _keygen("-q", "-t", "ed25519", "-N", "", "-C", comment, "-f", str(draft))
+            _sync(draft)
             os.replace(_public(draft), _public(self.next))
             os.replace(draft, self.next)
+            _sync(self.path.parent)
         return fingerprint(self.public(self.next if self.next.exists() else self.path))
 
     def put_in_place(self) -> None:
@@ -73,6 +75,15 @@ def fingerprint(public: str) -> str:
 
 def _public(path: Path) -> Path:
     return path.with_name(f"{path.name}.pub")
+
+
+def _sync(path: Path) -> None:
+    """Have *path* on the disk: hosts will ask for this key, and soon for no other."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _keygen(*arguments: str) -> str:

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from ansible.module_utils.atlas_host import write_atomically
 from ansible.module_utils.lab_inventory import ansible_vault
-from ansible.module_utils.labs import LabError, write_file
+from ansible.module_utils.labs import LabError
 from ansible.module_utils.release import keep
 from ansible.module_utils.vault_spec import password_weakness, random_password, value_errors
 
@@ -107,7 +108,7 @@ class VaultFile:
             os.replace(following, file)
             return "a change of the vault password that did not end is ended"
         values = self.read(file)
-        write_file(following, random_password() + "\n", 0o600)
+        write_atomically(following, random_password() + "\n", 0o600)
         weakness = password_weakness(following.read_text(encoding="utf-8").strip())
         if weakness:
             raise VaultError(f"The new password {weakness}")

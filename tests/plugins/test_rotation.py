@@ -443,6 +443,27 @@ def test_a_key_that_is_replaced_never_shuts_its_owner_out(tmp_path: Path, point:
     assert shown.stdout.split()[1] == new.split()[1], "the two halves are of two keys"
 
 
+@pytest.fixture
+def synced(monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """The inodes of the files that were brought to the disk."""
+    found: set[int] = set()
+    fsync = os.fsync
+
+    def sync(handle: int) -> None:
+        found.add(os.fstat(handle).st_ino)
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    return found
+
+
+def test_a_new_key_is_on_the_disk_before_a_host_hears_of_it(tmp_path: Path, synced: set[int]) -> None:
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(tmp_path / "key")], check=True)
+    key = KeyFile(tmp_path / "key")
+    key.make()
+    assert {key.next.stat().st_ino, tmp_path.stat().st_ino} <= synced
+
+
 def test_a_key_with_a_passphrase_is_left_alone(tmp_path: Path) -> None:
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "passphrase", "-f", str(tmp_path / "key")], check=True)
     with pytest.raises(KeyFailure, match="passphrase"):
@@ -639,6 +660,20 @@ def test_a_password_that_is_changed_opens_the_vault_wherever_the_run_is_killed(
     (checkout / "old").chmod(0o600)
     with pytest.raises(VaultError, match="cannot be opened"):
         opened(checkout).read(checkout / "old")
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_new_password_is_on_the_disk_before_the_vault_needs_it(
+    checkout: Path, synced: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = VaultFile.write
+
+    def checked(self: VaultFile, values: Mapping[str, Any], password: Path | None = None) -> None:
+        assert password and {password.stat().st_ino, password.parent.stat().st_ino} <= synced
+        write(self, values, password)
+
+    monkeypatch.setattr(VaultFile, "write", checked)
+    assert opened(checkout).rekey() == "the vault password is another"
 
 
 def test_a_password_from_elsewhere_is_not_changed_here(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
