@@ -484,12 +484,19 @@ class Backups:
         try:
             with self.lock():
                 result: dict[str, Any] = work()
-        except (BackupError, HostError, OSError, release.ReleaseError) as error:
-            failure = error if isinstance(error, BackupError) else core.explain(job, str(error))
+        # Whatever it was, and be it that a source sent what nobody can read: a job that failed must not look as if it went well.
+        except Exception as error:
+            failure = error if isinstance(error, BackupError) else core.explain(job, _said(error))
             self.note(job, {"ok": False, "message": str(failure)}, time.monotonic() - began)
             raise failure from None
         self.note(job, {"ok": True, **result} if result else None, time.monotonic() - began)
         return result
+
+
+def _said(error: Exception) -> str:
+    """What *error* says; with its class where it was not foreseen, because a KeyError says a word alone."""
+    foreseen = (BackupError, HostError, OSError, release.ReleaseError)
+    return str(error) if isinstance(error, foreseen) else f"{type(error).__name__}: {error}"
 
 
 def _credential(name: str) -> Path:
@@ -533,8 +540,8 @@ def main(arguments: Sequence[str]) -> int:
     backups = Backups(read_json(CONFIG), SIGNERS.read_text() if SIGNERS.exists() else "")
     try:
         print(json.dumps(_perform(backups, options), sort_keys=True, default=str))
-    except (BackupError, HostError, OSError, release.ReleaseError) as error:
-        print(f"atlas-backup: {error}", file=sys.stderr)
+    except Exception as error:
+        print(f"atlas-backup: {_said(error)}", file=sys.stderr)
         return 1
     return 0
 

@@ -81,6 +81,16 @@ def test_nothing_is_removed_after_a_backup_that_failed(tmp_path: Path, broken: s
     assert json.loads((tmp_path / "journal.jsonl").read_text())["event"] == "backup"
 
 
+@pytest.mark.parametrize("answer", ["not JSON", "[{}]"])
+def test_a_job_that_fails_in_an_unforeseen_way_is_told(tmp_path: Path, answer: str) -> None:
+    backups = Recorded(tmp_path)
+    backups.job("check", lambda: {"backups": 1})
+    backups.restic = lambda *_, **__: answer  # type: ignore[method-assign]
+    with pytest.raises(BackupError, match="check failed: (JSONDecode|Key)Error: "):
+        backups.job("check", backups.check)
+    assert backups.told[-1]["jobs"]["check"]["ok"] is False
+
+
 def test_nothing_is_removed_while_a_snapshot_is_dated_in_the_future(tmp_path: Path) -> None:
     backups = Recorded(tmp_path, [snapshot(time.time() + 3600, kind="daily")])
     with pytest.raises(BackupError, match="dated in the future: aaaaaaaa"):
