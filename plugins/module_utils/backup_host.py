@@ -451,6 +451,15 @@ class Backups:
 
     def note(self, job: str, outcome: Mapping[str, Any] | None, seconds: float) -> None:
         """Write the *outcome* of *job* to report and journal, and tell every source. A full disk keeps nobody from hearing."""
+        handle = os.open(self.directory, os.O_RDONLY)
+        try:
+            # One job after the other: of two reports that are changed at once, one would be lost.
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            self._note(job, outcome, seconds)
+        finally:
+            os.close(handle)
+
+    def _note(self, job: str, outcome: Mapping[str, Any] | None, seconds: float) -> None:
         path = self.directory / "status.json"
         report = read_json(path) or core.new_report(self.limits, time.time())
         if outcome is not None and job in self.limits:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,22 @@ def test_a_job_that_fails_in_an_unforeseen_way_is_told(tmp_path: Path, answer: s
     with pytest.raises(BackupError, match="check failed: (JSONDecode|Key)Error: "):
         backups.job("check", backups.check)
     assert backups.told[-1]["jobs"]["check"]["ok"] is False
+
+
+def test_of_two_jobs_that_end_at_once_both_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    noted = core.noted
+
+    def slowly(*given: Any) -> dict[str, Any]:
+        time.sleep(0.2)
+        return noted(*given)
+
+    monkeypatch.setattr(core, "noted", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        drill = pool.submit(Recorded(tmp_path).note, "drill", {"ok": False, "message": "damaged"}, 1.0)
+        increment = pool.submit(Recorded(tmp_path).note, "increment", {"ok": True}, 1.0)
+    assert drill.result() is increment.result() is None
+    jobs = json.loads((tmp_path / "status.json").read_text())["jobs"]
+    assert jobs["drill"]["message"] == "damaged" and jobs["increment"]["ok"] is True
 
 
 def test_nothing_is_removed_while_a_snapshot_is_dated_in_the_future(tmp_path: Path) -> None:
