@@ -117,10 +117,11 @@ def from_the_future(times: Mapping[str, float], now: float) -> list[str]:
     return sorted(name for name, at in times.items() if at > now + FUTURE_SECONDS)
 
 
-def expired(times: Mapping[str, float], daily: int, weekly: int) -> list[str]:
+def expired(times: Mapping[str, float], daily: int, weekly: int, needed: Iterable[float] = ()) -> list[str]:
     """Return the names that retention lets go: kept are the last of each of *daily* days and of *weekly* ISO weeks.
 
-    The newest is always kept, and days and weeks without a backup do not count.
+    The newest is always kept, and days and weeks without a backup do not count. So is the last one before each moment in
+    *needed*: a point that is offered has to have what it is restored from.
     """
     days: dict[Any, str] = {}
     weeks: dict[Any, str] = {}
@@ -131,6 +132,7 @@ def expired(times: Mapping[str, float], daily: int, weekly: int) -> list[str]:
         if moment.isocalendar()[:2] not in weeks and len(weeks) < weekly:
             weeks[moment.isocalendar()[:2]] = name
     kept = {*days.values(), *weeks.values(), *sorted(times, key=lambda key: times[key])[-1:]}
+    kept |= {choose_base(times, at) for at in needed if at >= min(times.values(), default=at + 1)}
     return sorted(name for name in times if name not in kept)
 
 

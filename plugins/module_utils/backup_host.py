@@ -285,7 +285,8 @@ class Backups:
             self.restic("retention", "forget", "--quiet", "--group-by", "host", "--tag", f"kind={kind}", *policy)
         self.restic("retention", "prune", "--quiet")
         if self.wal is not None:
-            for name in core.expired(self.wal.bases(), keep["daily"], keep["weekly"]):
+            needed = [point.at for point in self.points()]
+            for name in [*self.wal.broken(), *core.expired(self.wal.bases(), keep["daily"], keep["weekly"], needed)]:
                 self.wal.delete(name)
         self._prune_archives(now - keep["labelled_days"] * core.DAY)
 

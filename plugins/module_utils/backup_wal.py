@@ -64,6 +64,12 @@ class Wal:
             if item.get("status") == "DONE" and item.get("end_time_timestamp")
         }
 
+    def broken(self) -> list[str]:
+        """Base backups that failed or were killed: each may be as large as a whole one. Only while none is being made."""
+        return [
+            str(item["backup_id"]) for item in self._listed() if item.get("status") in ("EMPTY", "STARTED", "FAILED")
+        ]
+
     def _listed(self) -> list[dict[str, Any]]:
         answer = json.loads(self.barman("listing base backups", "-f", "json", "list-backup", SERVER) or "{}")
         return list(answer.get(SERVER) or [])

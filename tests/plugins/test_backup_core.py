@@ -38,6 +38,16 @@ def test_a_gap_does_not_use_up_days() -> None:
     assert len(set(times) - set(core.expired(times, 7, 4))) >= 7
 
 
+def test_retention_keeps_what_a_point_is_restored_from() -> None:
+    times = {f"{day:02d}": NOW - day * DAY for day in range(60)}
+    labelled = NOW - 33.5 * DAY
+    assert "34" in core.expired(times, 7, 4)
+    expired = core.expired(times, 7, 4, [labelled, NOW - 100 * DAY])
+    assert "34" not in expired and {"33", "35", "59"} <= set(expired)
+    left = {name: at for name, at in times.items() if name not in expired}
+    assert core.choose_base(left, labelled) == "34"
+
+
 def test_dates_in_the_future_are_named() -> None:
     assert core.from_the_future({"a": NOW, "b": NOW + 299, "c": NOW + 301}, NOW) == ["c"]
 

@@ -211,6 +211,21 @@ class Replicated(Recorded):
         return {**super().fetch(source), "deployed": {"release": "r", "deployment": self.deployment}}
 
 
+def test_what_a_label_needs_stays_and_what_never_became_a_base_backup_goes(tmp_path: Path) -> None:
+    now = time.time()
+    days = {f"day{day:02d}": now - day * core.DAY for day in range(60)}
+    backups = Replicated(tmp_path, snapshots=[snapshot(days["day34"] + 3600, kind="labelled", label="before-import")])
+    listed = [{"backup_id": name, "status": "DONE", "end_time_timestamp": str(at)} for name, at in days.items()]
+    listed += [{"backup_id": name, "status": name.upper()} for name in ("failed", "started")]
+    deleted: list[str] = []
+    log: Any = backups.wal
+    log.bases = lambda: days
+    log.barman = lambda *_: json.dumps({"atlas": listed})
+    log.delete = deleted.append
+    backups.prune(now)
+    assert {"failed", "started", "day33", "day35"} <= set(deleted) and "day34" not in deleted
+
+
 def test_what_a_deploy_brought_is_kept_with_the_next_look_at_the_log(tmp_path: Path) -> None:
     backups = Replicated(tmp_path)
     for deployment, stored in ((4, 1), (4, 1), (5, 2)):
