@@ -16,9 +16,9 @@ from ansible.module_utils import ops_archive  # noqa: E402
 
 DOCUMENTATION = """
 name: ops_since
-short_description: The Unix time of the last report of a check, a day ago where there is none
+short_description: The Unix time at which a host was last asked for a check, by its own clock; a day ago where it never was
 description: See C(plugins/module_utils/ops_archive.py).
-positional: _input, check
+positional: _input, check, host
 options:
   _input:
     description: The directory of reports.
@@ -28,12 +28,16 @@ options:
     description: The check.
     type: str
     required: true
+  host:
+    description: The host.
+    type: str
+    required: true
 """
 
 
-def since(directory: str, check: str) -> float:
-    """Return the Unix time from which on errors are news for *check*."""
-    return ops_archive.last(Path(directory), check) or time.time() - 86_400
+def since(directory: str, check: str, host: str) -> float:
+    """Return the Unix time from which on errors on *host* are news for *check*."""
+    return ops_archive.asked(Path(directory), check, host) or time.time() - 86_400
 
 
 class FilterModule:

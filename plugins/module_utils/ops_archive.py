@@ -31,12 +31,14 @@ def load(directory: Path) -> list[dict[str, Any]]:
     return [report for _, report in sorted(found, key=lambda each: each[0])]
 
 
-def last(directory: Path, check: str) -> float | None:
-    """Return the Unix time of the last report of *check* in *directory*."""
+def asked(directory: Path, check: str, host: str) -> float | None:
+    """Return when the last report of *check* in *directory* that knows *host* asked it, by the host's own clock (Unix time)."""
     for path in sorted(directory.glob(f"{check}-*.json"), reverse=True):
         try:
-            return float(json.loads(path.read_text(encoding="utf-8"))["at"])
-        except (OSError, ValueError, KeyError, TypeError):
+            report = json.loads(path.read_text(encoding="utf-8"))
+            moment = report["asked"].get(host) if "asked" in report else report["at"]
+            return None if moment is None else float(moment)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
     return None
 

@@ -1,7 +1,8 @@
 """Operations checks, judged: from what the hosts said and the reports of before to findings, tables, and what the next one needs.
 
-Pure. A report is a dict: check, environment, at (Unix time), findings (``ops_runbook.Finding``), sections (title and rows of text,
-the first one the heading), hosts, and ``keeps``: what later reports compare with, by name. Nothing in it is secret.
+Pure. A report is a dict: check, environment, at (Unix time), asked (host → when it was, by its own clock), findings
+(``ops_runbook.Finding``), sections (title and rows of text, the first one the heading), hosts, and ``keeps``: what later reports
+compare with, by name. Nothing in it is secret.
 """
 
 from __future__ import annotations
@@ -70,10 +71,13 @@ class Judgement:
 
     def report(self) -> dict[str, Any]:
         """Return all of it."""
+        asked = {host: fact["clock"] for host, fact in self.there.items()}
         return {
             "check": self.check,
             "environment": self.policy["environment"],
             "at": self.now,
+            # Of a host that did not answer, since when its journal was not read.
+            "asked": (self.same[-1].get("asked", {}) if self.same else {}) | asked,
             "hosts": sorted(self.facts),
             "findings": [each.as_dict() for each in self.found],
             "sections": self.sections,

@@ -307,6 +307,14 @@ def test_an_unreachable_host_is_told_once_and_forgets_nothing_of_others() -> Non
     assert "cron: job failed" in report["keeps"]["kinds"]
 
 
+def test_a_journal_is_read_on_from_where_it_was_read_and_not_from_when_it_was_judged() -> None:
+    """Between the two lie minutes where there are many hosts, and days where one did not answer."""
+    first = check("daily", put("app1", clock=NOW - 40), before=[])
+    assert first["at"] == NOW and first["asked"]["app1"] == NOW - 40
+    away = check("daily", lambda facts: facts.update(app1={"unreachable": True, "msg": "down"}), before=[first])
+    assert away["asked"]["app1"] == NOW - 40 and away["asked"]["edge1"] == NOW
+
+
 def test_within_is_the_least_bound() -> None:
     histogram = {"+Inf": 100, "10": 50, "50": 98, "100": 99, "1000": 99}
     assert (within(histogram, 0.5), within(histogram, 0.99)) == (10, 100)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from ansible.module_utils import ops_gather
-from ansible.module_utils.ops_archive import HIDDEN, KEPT, hide, keep, last, load, secrets
+from ansible.module_utils.ops_archive import HIDDEN, KEPT, asked, hide, keep, load, secrets
 
 UNLIKE = [
     ("Failed to start apt-daily.service - X.", "Failed to start nginx.service - X."),
@@ -177,11 +177,10 @@ def test_reports_come_back_oldest_first_and_old_ones_go(tmp_path: Path) -> None:
     keep(report(1_790_000_050.0, "weekly"), place)
     (place / "daily-torn.json").write_text("{")
     assert [each["at"] for each in load(place)] == [1_780_000_000.0, 1_790_000_000.0, 1_790_000_050.0]
-    assert (
-        last(place, "daily") == 1_790_000_000.0
-        and last(place, "monthly") is None
-        and last(tmp_path / "none", "daily") is None
-    )
+    assert asked(place, "daily", "app1") == 1_790_000_000.0, "a report from before hosts were noted"
+    assert asked(place, "monthly", "app1") is None and asked(tmp_path / "none", "daily", "app1") is None
+    keep({**report(1_790_000_060.0), "asked": {"app1": 1_789_999_999.5}}, place)
+    assert asked(place, "daily", "app1") == 1_789_999_999.5 and asked(place, "daily", "app2") is None
     for n in range(KEPT):
         os.link(path, place / f"daily-2025{n:04}.json")
     keep(report(1_790_000_100.0), place)
