@@ -60,6 +60,12 @@ class Judgement:
         """Note something that needs a person."""
         self.found.append(finding(kind, host, what, self.policy["inventory"], subject, mend))
 
+    def kept(self, name: str) -> dict[str, Any]:
+        """Return, to be brought up to date, what *name* was by host: a host that does not answer is not forgotten."""
+        found: dict[str, Any] = dict(self.last.get(name, {}))
+        self.keeps[name] = found
+        return found
+
     def section(self, title: str, rows: Rows) -> None:
         """Note a table, unless it has a heading alone."""
         if len(rows) > 1:
@@ -442,12 +448,11 @@ def _figures(j: Judgement) -> tuple[dict[str, float], int, int]:
     probes = [fact["probe_seconds"] for fact in j.there.values() if fact["probe_seconds"] is not None]
     if probes:
         found["probe"] = max(probes)
-    j.keeps["counters"] = {
-        edge: j.there[edge]["atlas"]["edge"]["counters"] for edge in j.policy["edges"] if edge in j.there
-    }
+    counters = {edge: j.there[edge]["atlas"]["edge"]["counters"] for edge in j.policy["edges"] if edge in j.there}
+    j.kept("counters").update(counters)
     total: dict[str, float] = {}
     requests = errors = 0
-    for edge, counted in j.keeps["counters"].items():
+    for edge, counted in counters.items():
         part = canary.since(j.last.get("counters", {}).get(edge, {}), counted, list(counted))
         requests += int(part["requests"])
         errors += int(part["errors"])
@@ -468,11 +473,11 @@ def within(histogram: Mapping[str, float], share: float) -> float:
 def _updates(j: Judgement) -> None:
     """Security updates: those that people have to install, and those that wait longer than machines take."""
     rows = [["HOST", "SECURITY UPDATES", "BOOT", "ON REPLACED FILES", "STATE"]]
-    j.keeps["updates"] = {}
+    updates = j.kept("updates")
     for host, fact in j.there.items():
         was, names = j.last.get("updates", {}).get(host, {}), [each["name"] for each in fact["updates"]]
         since = {name: float(was.get(name, j.now)) for name in names}
-        j.keeps["updates"][host] = since
+        updates[host] = since
         by_hand = [name for name in names if name.startswith(tuple(j.policy["manual_packages"]))]
         late = [
             name for name in names if name not in by_hand and since[name] < j.now - float(j.policy["update_days"]) * DAY
@@ -513,10 +518,10 @@ def monthly(j: Judgement) -> None:
 
 def _accounts(j: Judgement) -> None:
     rows = [["HOST", "ACCOUNT", "MAY BECAUSE OF", "SSH KEYS", "STATE"]]
-    j.keeps["keys"] = {}
+    keys = j.kept("keys")
     for host, fact in j.there.items():
         expected = fact["expected"].get("accounts", [])
-        j.keeps["keys"][host] = {each["name"]: each["keys"] for each in fact["accounts"]}
+        keys[host] = {each["name"]: each["keys"] for each in fact["accounts"]}
         was = j.last.get("keys", {}).get(host)
         for each in fact["accounts"]:
             name, wrong = each["name"], []
@@ -581,10 +586,10 @@ def _ports(j: Judgement) -> None:
 
 def _exposure(j: Judgement) -> None:
     limit, rows = float(j.policy["exposure_max"]), [["HOST", "OUR UNITS", "WORST OF THEM", "OTHERS", "STATE"]]
-    j.keeps["exposure"] = {}
+    exposure = j.kept("exposure")
     for host, fact in j.there.items():
         found: Mapping[str, float] = fact["exposure"]
-        j.keeps["exposure"][host] = dict(found)
+        exposure[host] = dict(found)
         ours = {name: value for name, value in found.items() if name.startswith("atlas-")}
         was = j.last.get("exposure", {}).get(host, {})
         bad = {
@@ -605,9 +610,9 @@ def _exposure(j: Judgement) -> None:
 
 def _permissions(j: Judgement) -> None:
     rows = [["HOST", "PATH", "MODE", "OWNER", "WHAT"]]
-    j.keeps["setuid"] = {}
+    programs = j.kept("setuid")
     for host, fact in j.there.items():
-        j.keeps["setuid"][host] = fact["setuid"]
+        programs[host] = fact["setuid"]
         for each in fact["permissions"]:
             j.find(
                 "permissions-open",
@@ -628,7 +633,7 @@ def _permissions(j: Judgement) -> None:
 def _capacity(j: Judgement) -> None:
     disks = _disks(j, "capacity-short", j.policy["capacity_days"])
     rows = [["HOST", "DISK", "SIZE", "USED", "FULL IN", "MEMORY FREE", "HOLDS"]]
-    j.keeps["stores_mb"] = {host: fact["stores_mb"] for host, fact in j.there.items()}
+    j.kept("stores_mb").update({host: fact["stores_mb"] for host, fact in j.there.items()})
     for host, fact in j.there.items():
         memory = fact["atlas"]["memory"]
         free = f"{memory['available_mb'] / 1024:.1f} of {memory['total_mb'] / 1024:.1f} GB"

@@ -307,6 +307,17 @@ def test_an_unreachable_host_is_told_once_and_forgets_nothing_of_others() -> Non
     assert "cron: job failed" in report["keeps"]["kinds"]
 
 
+def test_what_came_while_a_host_did_not_answer_is_news_too() -> None:
+    name = "monthly"
+    first = check(name, before=[])
+    away = check(name, lambda facts: facts.update(app1={"unreachable": True, "msg": "down"}), before=[first])
+    accounts = [{"name": "deploy", "uid": 1000, "why": ["SSH keys"], "keys": ["SHA256:another"]}]
+    change = put("app1", accounts=accounts, setuid=["/usr/bin/another"], exposure={"atlas-api@blue.service": 1.8})
+    assert {kind for kind, _ in found(check(name, change, before=[first, away]))} == {
+        "account-unexpected", "setuid-new", "unit-exposed",
+    }  # fmt: skip
+
+
 def test_a_journal_is_read_on_from_where_it_was_read_and_not_from_when_it_was_judged() -> None:
     """Between the two lie minutes where there are many hosts, and days where one did not answer."""
     first = check("daily", put("app1", clock=NOW - 40), before=[])
