@@ -392,6 +392,8 @@ def _performance(j: Judgement) -> None:
     baseline = j.last.get("baseline") or {}
     if not baseline or j.policy["baseline"]:
         baseline = {"at": j.now, "figures": figures}
+    # What could not be measured then (a new environment has few requests) joins it as soon as it can.
+    baseline = {**baseline, "figures": figures | baseline["figures"]}
     j.keeps |= {"figures": figures, "baseline": baseline}
     factor = float(j.policy["slower_factor"])
     where = (j.policy["edges"] or j.policy["hosts"] or ["-"])[0]

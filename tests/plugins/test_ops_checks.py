@@ -260,6 +260,14 @@ def test_the_baseline_stays_until_another_is_wanted() -> None:
     assert found(check("weekly", slow, before=[accepted])) == []
 
 
+def test_what_the_first_week_could_not_measure_joins_the_baseline_later() -> None:
+    first = check("weekly", put("app1", probe_seconds=None), before=[])
+    assert "probe" not in first["keeps"]["baseline"]["figures"]
+    second = check("weekly", before=[first])
+    slow = check("weekly", put("app1", probe_seconds=9.0), before=[second])
+    assert "the baseline is 0.4 s" in slow["findings"][0]["what"]
+
+
 def test_traffic_counts_from_the_last_report_on_and_anew_after_a_restart() -> None:
     grown = {
         "be_blue/app1": {
