@@ -103,6 +103,8 @@ def archive_of(found: Mapping[str, Any], project: Path, signers: str) -> dict[st
     try:
         if fetched.is_file() and release.file_digest(fetched) != found["digest"]:
             fetched.unlink()
+            # Or the next survey would not fetch it again.
+            fetched.with_name(f"{fetched.name}.sig").unlink(missing_ok=True)
             told["error"] = (
                 f"The archive that a host keeps is not {found['id']}: its digest is another. Do not trust that host."
             )
@@ -181,6 +183,8 @@ def promote(params: Mapping[str, Any], check: bool) -> dict[str, Any]:
     settings = refused_settings(found, target, project)
     against = promotion_plan.findings(source, target, found, settings, now)
     refused = promotion_plan.refusals(source, target, params["override"], params["reason"])
+    if not found.get("signer") and {"digest", "signature"} & set(params["override"]):
+        refused.append("No override pins a release without a good signature: every host would refuse it.")
     decided = promotion_plan.decide(against, refused, params["override"], params["reason"])
     if decided["stops"]:
         listed = "\n".join(f"{number}. {text}" for number, text in enumerate(decided["stops"], 1))

@@ -294,14 +294,29 @@ def test_the_pin_keeps_what_was_overridden_and_why(project: Path, monkeypatch: p
     assert pin["promoted"]["overridden"] == {"settings": "added by hand"}
 
 
+def test_no_override_pins_what_no_host_would_take(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (project / "dist/atlas-1.0.tar.gz.sig").unlink()
+    before = content(project)
+    with pytest.raises(promotion.Refused, match="without a good signature"):
+        promote(project, override=["signature"], reason="x")
+    staging, production = promotion.read([], project)
+    staging["facts"] = {name: app(slot=None) for name in ("app1", "app2")}
+    monkeypatch.setattr(promotion, "read", lambda *_: (staging, production))
+    with pytest.raises(promotion.Refused, match="No release is in service in staging"):
+        promote(project, override=["digest"], reason="x")
+    assert content(project) == before
+
+
 def test_an_archive_that_a_host_altered_is_thrown_away(project: Path) -> None:
     digest = release.file_digest(project / "dist/atlas-1.0.tar.gz")
     fetched = project / "dist/pinned" / f"{release.release_id('1.0', digest)}.tar.gz"
     fetched.parent.mkdir()
     fetched.write_bytes(b"something else")
+    signature = fetched.with_name(f"{fetched.name}.sig")
+    signature.write_text("signature")
     with pytest.raises(promotion.Refused, match="Do not trust that host"):
         promote(project)
-    assert not fetched.exists()
+    assert not fetched.exists() and not signature.exists(), "it would never be fetched again"
 
 
 # --- surveys -----------------------------------------------------------------------------------------------------------
