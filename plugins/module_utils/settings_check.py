@@ -110,7 +110,11 @@ def _entries(node: yaml.Node | None) -> list[tuple[yaml.Node, yaml.Node]]:
 def _keys(node: yaml.Node, prefix: str) -> Iterator[tuple[str, int, Any]]:
     for key, below in _entries(node):
         name = f"{prefix}{key.value}"
-        yield name, key.start_mark.line + 1, yaml.safe_load(yaml.serialize(below))
+        try:
+            value = yaml.safe_load(yaml.serialize(below))
+        except yaml.YAMLError:  # a tag of Ansible's: !unsafe, !vault
+            value = None
+        yield name, key.start_mark.line + 1, value
         yield from _keys(below, f"{name}.")
 
 

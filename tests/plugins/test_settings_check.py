@@ -78,6 +78,13 @@ def test_a_contradiction_is_named_where_it_was_set(command: Path, inventory: Pat
     assert found.startswith("inventories/shop/group_vars/app/main.yml:2: heartbeat_seconds: must be at most half")
 
 
+def test_a_setting_with_a_tag_of_ansibles_own_is_found_like_any(inventory: Path) -> None:
+    (inventory / "group_vars/app/main.yml").write_text(
+        "atlas_settings_environment:\n  user_agent: !unsafe 'a {{ b }}'\n"
+    )
+    assert [place.line for place in settings_check.places(inventory)["user_agent"]] == [2]
+
+
 def test_a_missing_setting_says_where_it_belongs(command: Path, inventory: Path) -> None:
     settings = {"app1": {key: value for key, value in GOOD.items() if key != "database_url"}}
     (found,) = settings_check.findings(command, settings, inventory, inventory.parents[1])
