@@ -289,6 +289,10 @@ class Backups:
             for name in [*self.wal.broken(), *core.expired(self.wal.bases(), keep["daily"], keep["weekly"], needed)]:
                 self.wal.delete(name)
         self._prune_archives(now - keep["labelled_days"] * core.DAY)
+        # What a restore that was killed had taken out: a copy of everything, of whatever age.
+        for path in (self.directory / "scratch").glob("*"):
+            if path.stat().st_mtime < now - core.DAY:
+                self.discard(path.name)
 
     def _prune_archives(self, before: float) -> None:
         manifests = (read_json(path) for path in (self.directory / "staging").glob("*/manifest.json"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -90,6 +91,15 @@ def test_a_job_that_fails_in_an_unforeseen_way_is_told(tmp_path: Path, answer: s
     with pytest.raises(BackupError, match="check failed: (JSONDecode|Key)Error: "):
         backups.job("check", backups.check)
     assert backups.told[-1]["jobs"]["check"]["ok"] is False
+
+
+def test_what_a_killed_restore_took_out_goes_the_next_day(tmp_path: Path) -> None:
+    backups, now = Recorded(tmp_path), time.time()
+    for name, age in (("restore-killed", 2 * core.DAY), ("restore-under-way", 600.0)):
+        (tmp_path / "scratch" / name / "source").mkdir(parents=True)
+        os.utime(tmp_path / "scratch" / name, (now - age, now - age))
+    backups.prune(now)
+    assert [path.name for path in (tmp_path / "scratch").iterdir()] == ["restore-under-way"]
 
 
 def test_of_two_jobs_that_end_at_once_both_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
