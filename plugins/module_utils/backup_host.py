@@ -288,6 +288,7 @@ class Backups:
             needed = [point.at for point in self.points()]
             for name in [*self.wal.broken(), *core.expired(self.wal.bases(), keep["daily"], keep["weekly"], needed)]:
                 self.wal.delete(name)
+            self.wal.forget(min(self.wal.bases().values(), default=0.0))
         self._prune_archives(now - keep["labelled_days"] * core.DAY)
         # What a restore that was killed had taken out: a copy of everything, of whatever age.
         for path in (self.directory / "scratch").glob("*"):

@@ -91,6 +91,12 @@ class Wal:
         """Remove a base backup and the log that no other one needs."""
         self.barman("retention", "delete", SERVER, name)
 
+    def forget(self, before: float) -> None:
+        """Remove what was half received and ended *before* that Unix time, from when on no base backup needs it."""
+        for path in (self.home / "past").glob("*.partial"):
+            if path.stat().st_mtime < before:
+                path.unlink()
+
     def verify(self, name: str) -> None:
         """Compare every file of a base backup with the manifest that PostgreSQL made of it."""
         self.barman(f"verifying base backup {name}", "verify-backup", SERVER, name)
@@ -179,18 +185,20 @@ class Wal:
         self.barman("restoring", "recover", *options, SERVER, base, str(target))
         log = target / "barman_wal"
         log.mkdir(exist_ok=True)
-        for path in (self.home / "streaming").glob("*.partial"):
-            # The segment that is being received: PostgreSQL stops reading where it ends.
+        for path in [*(self.home / "past").glob("*.partial"), *(self.home / "streaming").glob("*.partial")]:
+            # The segment that is being received, or that was when a restore ended its past: PostgreSQL stops reading where it ends.
             whole = log / path.name.removesuffix(".partial")
-            if not whole.exists():
+            if not whole.exists() and path.stat().st_size:
                 shutil.copyfile(path, whole)
         if not to:
             _recover_to_the_end(target)
 
     def restart(self) -> None:
-        """Take up the log of a database that was restored: what was half received belongs to another past."""
+        """Take up the log of a database that was restored: what was half received belongs to another past, and is kept with it."""
+        past = self.home / "past"
+        past.mkdir(mode=0o700, exist_ok=True)
         for path in (self.home / "streaming").glob("*.partial"):
-            path.unlink()
+            path.replace(past / path.name)
         deadline = time.monotonic() + ARRIVAL_SECONDS
         while True:
             try:

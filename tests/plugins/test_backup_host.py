@@ -221,6 +221,26 @@ class Replicated(Recorded):
         return {**super().fetch(source), "deployed": {"release": "r", "deployment": self.deployment}}
 
 
+def test_what_was_half_received_is_kept_with_the_past_that_a_restore_ended(tmp_path: Path) -> None:
+    """The last seconds of that past are in it alone: whoever restored to the wrong moment wants them back."""
+    log = Log(tmp_path)
+    log.barman = lambda *_: ""  # type: ignore[method-assign]
+    old, new = "000000010000000000000005", "000000020000000000000004"
+    streaming, target = log.home / "streaming", tmp_path / "target"
+    streaming.mkdir()
+    (streaming / f"{old}.partial").write_text("the last seconds")
+    log.restart()
+    assert list(streaming.iterdir()) == [], "the receiver would go on from there"
+    (streaming / f"{new}.partial").touch()  # as the receiver leaves it until the first byte comes
+    target.mkdir()
+    log.recover("base", target, {"time": 1.0})
+    assert {path.name: path.read_text() for path in (target / "barman_wal").iterdir()} == {old: "the last seconds"}
+    log.forget(time.time() - 60)
+    assert len(list((log.home / "past").iterdir())) == 1
+    log.forget(time.time() + 60)
+    assert list((log.home / "past").iterdir()) == []
+
+
 def test_what_a_label_needs_stays_and_what_never_became_a_base_backup_goes(tmp_path: Path) -> None:
     now = time.time()
     days = {f"day{day:02d}": now - day * core.DAY for day in range(60)}
