@@ -136,6 +136,12 @@ class Steps:
     def replaced(self) -> dict[str, Any]:
         """Exchange the store."""
         swap = self._needed()
+        started = [slot for slot in SLOTS if self.host.active(slot)] if self.params["store"] == "sqlite" else []
+        if started:
+            raise HostError(
+                f"The services in {', '.join(started)} were started while the store was to be replaced. By a deploy, or a boot? "
+                "Run playbooks/restore.yml again when nothing else changes this host."
+            )
         self._database("stop")
         swap.replace(self.params["ticket"])
         self._database("start")

@@ -6,6 +6,7 @@ import getpass
 import json
 from pathlib import Path
 
+import backup_restore
 import pytest
 from ansible.module_utils import backup_agent, backup_swap
 from ansible.module_utils.atlas_host import Done, Host, HostError
@@ -96,6 +97,21 @@ def test_root_gives_away_nothing_that_a_link_in_the_delivery_points_at(swap: Swa
         swap.replace("t1")
     assert (tmp_path / "shadow").stat().st_mode & 0o777 == 0o640
     assert swap.undo() is True and content(swap) == {"atlas.db": "old", "atlas.db-wal": "old wal"}
+
+
+def test_no_store_is_replaced_under_services_that_somebody_started(swap: Swap, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A deploy, or a boot of the host, between the stop and the exchange: what they write would go into the copy beside it."""
+    host = Host()
+    steps = backup_restore.Steps({"store": "sqlite", "version": "", "ticket": "t1"}, host)
+    steps.swap = swap
+    deliver(swap, "t1")
+    monkeypatch.setattr(host, "active", lambda slot: ["atlas-api@green.service"] if slot == "green" else [])
+    with pytest.raises(HostError, match="The services in green were started"):
+        steps.replaced()
+    assert content(swap)["atlas.db"] == "old" and swap.unfinished() is None
+    monkeypatch.setattr(host, "active", lambda slot: [])
+    steps.replaced()
+    assert content(swap) == {"atlas.db": "new"}
 
 
 # The agent
