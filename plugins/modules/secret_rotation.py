@@ -256,8 +256,12 @@ def main() -> None:
             msg=f"Nothing was changed: {', '.join(unknown)} cannot be rotated by this. It can: {known}, all."
         )
     lines: list[str] = []
+    inventory, project = Path(params["inventory"]).resolve(), Path(params["project"]).resolve()
+    if not (inventory / "environment.yml").is_file():
+        module.fail_json(
+            msg=f"Nothing was changed: {inventory} is no environment's inventory. Name its directory: -i inventories/ENVIRONMENT"
+        )
     try:
-        inventory, project = Path(params["inventory"]).resolve(), Path(params["project"]).resolve()
         secrets = VaultFile(inventory, project)
         with (secrets.backups / ".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -277,7 +281,7 @@ def main() -> None:
                         tell_lab(inventory, secrets)
     except BlockingIOError:
         module.fail_json(msg="Another rotation of this environment is running on this machine.")
-    except (survey.SurveyError, rotation.RotationError, VaultError, KeyFailure) as error:
+    except (survey.SurveyError, rotation.RotationError, VaultError, KeyFailure, OSError) as error:
         so_far = "\n".join(lines) or "nothing"
         module.fail_json(
             msg=f"{error}\nDone so far: {so_far}\nMend the cause, then run the same again: it goes on from there."

@@ -529,16 +529,26 @@ def test_a_release_that_was_deployed_during_a_rotation_stays(tmp_path: Path, mon
     assert deployed == ["ours", "theirs"]
 
 
+def played(tmp_path: Path, *extra: str) -> tuple[int, str]:
+    """Exit status and words of rotate_secrets.yml for an inventory that is a file with one host."""
+    (tmp_path / "hosts.yml").write_text("app: {hosts: {one: {ansible_connection: local, atlas_environment: shop}}}\n")
+    command = [str(Path(sys.executable).with_name("ansible-playbook")), "-i", str(tmp_path / "hosts.yml")]
+    command += ["playbooks/rotate_secrets.yml", "-e", "confirm=shop"]
+    done = subprocess.run([*command, *extra], cwd=PROJECT, capture_output=True, text=True, check=False)
+    return done.returncode, " ".join((done.stdout + done.stderr).split())
+
+
+def test_an_inventory_that_is_no_environments_is_refused_in_words(tmp_path: Path) -> None:
+    status, said = played(tmp_path)
+    assert status != 0 and "is no environment's inventory" in said and "Traceback" not in said
+
+
 @pytest.mark.parametrize("revoke", ["true", ""])
 def test_who_asks_to_revoke_in_other_words_gets_no_overlap_instead(tmp_path: Path, revoke: str) -> None:
     """A wrong word would have rotated with an overlap, in which what has leaked stays good."""
-    (tmp_path / "hosts.yml").write_text("app: {hosts: {one: {ansible_connection: local, atlas_environment: shop}}}\n")
-    command = [str(Path(sys.executable).with_name("ansible-playbook")), "-i", str(tmp_path / "hosts.yml")]
-    command += ["playbooks/rotate_secrets.yml", "-e", f"revoke={revoke}", "-e", "confirm=shop"]
-    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
-    said = " ".join(done.stdout.split())
-    assert done.returncode != 0 and "Nothing was changed" in said and "-e revoke=now" in said
-    assert "PLAY [Rotate]" not in done.stdout
+    status, said = played(tmp_path, "-e", f"revoke={revoke}")
+    assert status != 0 and "Nothing was changed" in said and "-e revoke=now" in said
+    assert "PLAY [Rotate]" not in said
 
 
 def test_a_playbook_that_hangs_ends_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
