@@ -112,8 +112,9 @@ class Fleet:
         for edge in self.edges:
             self.owed |= facts[edge]["edge"].get("owed") or {}
         self.open_on = {host: dict(facts[host]["transaction"]) for host in self.hosts if facts[host]["transaction"]}
-        numbers = {int(was["deployment"]) for was in self.open_on.values()}
-        finished = [h for h in self.hosts if facts[h]["good"][-1:] and facts[h]["good"][-1] in numbers]
+        # With the slot: a deployment that moves to the other slot was good before it began.
+        wanted = {(was["slot"], int(was["deployment"])) for was in self.open_on.values()}
+        finished = [h for h in self.hosts if facts[h]["good"] and (facts[h]["slot"], facts[h]["good"][-1]) in wanted]
         enabled = [
             host for host, was in self.open_on.items() if facts[host]["slot"] == was["slot"] != was["in_service"]
         ]

@@ -396,6 +396,18 @@ def test_after_the_point_of_no_return_the_rest_goes_forward() -> None:
     assert plan["current"] == {"app1": 5, "app2": 5} and plan["slot"] == "blue"
 
 
+def test_a_deployment_that_was_moving_to_the_other_slot_goes_back_although_it_was_good_before() -> None:
+    """patch.yml renews the only app host like that; whether the idle slot ever came up nobody knows."""
+    move = killed("green", "blue") | {"deployment": 4}
+    for running in (["blue"], ["blue", "green"]):
+        half = app(same=True, transaction=move, slots={"blue": 4, "green": 4}, running=running)
+        plan = decide({"app1": half, "edge1": edge()}, hosts=["app1"])
+        assert (plan["undo"]["forward"], plan["undo"]["slot"], plan["undo"]["traffic_to"]) == ([], "blue", None)
+    done = app("green", same=True, transaction=move, slots={"blue": 4, "green": 4})
+    plan = decide({"app1": done, "edge1": edge("be_green")}, hosts=["app1"])
+    assert (plan["undo"]["forward"], plan["undo"]["slot"], plan["undo"]["traffic_to"]) == (["app1"], "green", None)
+
+
 def test_the_edge_that_missed_the_switch_follows_hosts_that_finished() -> None:
     done = app("green", 5, good=[4, 5])
     facts = {"app1": done, "app2": copy.deepcopy(done), "edge1": edge(lease=LEASE), "edge2": edge("be_green")}
