@@ -210,8 +210,9 @@ def undo(fleet: Fleet, interrupted: bool) -> dict[str, Any]:
     """Return what a deploy that did not end needs, and edges or hosts that are not where they belong.
 
     *hosts*: all that need a look, also those that an edge had drained before anything changed on them; who serves comes
-    last, since it leaves the rotation for it, and others have to be back by then. *forward*: the deploy was past the
-    point of no return there. *traffic_to*: the slot that the edges have to name, where one does not.
+    last, since it leaves the rotation for it, and others have to be back by then. *belong*: those of them that have what is in
+    service. *forward*: the deploy was past the point of no return there. *traffic_to*: the slot that the edges have to name,
+    where one does not.
     """
     drained = fleet.out_of_rotation() - fleet.owed.keys()
     hosts = sorted(
@@ -223,6 +224,11 @@ def undo(fleet: Fleet, interrupted: bool) -> dict[str, Any]:
         "needed": interrupted or bool(hosts) or bool(astray),
         "interrupted": interrupted,
         "hosts": hosts,
+        "belong": [
+            host
+            for host in hosts
+            if host not in fleet.owed and (fleet.slot[host], fleet.current[host]) == (fleet.home, fleet.number)
+        ],
         "forward": sorted(fleet.open_on) if fleet.forward else [],
         "traffic_to": fleet.home if astray else None,
         "astray": astray,

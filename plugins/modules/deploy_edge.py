@@ -9,7 +9,8 @@ short_description: Prepare, switch and finish traffic on an edge for a deploy
 description:
   - V(prepared) waits until all O(servers) pass this edge's health checks, keeps the hosts in O(missing) out of every backend,
     and tells how the old servers have done since O(since).
-  - V(switched) sends all traffic to O(backend), in the map's file and in memory, unless it is later than O(not_after).
+  - V(switched) sends all traffic to O(backend), in the map's file and in memory, unless it is later than O(not_after). Those
+    of O(servers) that are out of traffic come back before, if they are healthy.
   - V(drained) and V(ready) take O(servers) out of traffic and bring them back. In between they stay in DRAIN, where health
     checks go on, so that V(ready) knows how they are; O(healthy_for) tells which checks count.
   - V(settled) notes which hosts are owed a deployment and which no longer.
@@ -117,6 +118,7 @@ old:
 import json
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -180,9 +182,18 @@ class Edge:
         late = time.time() - self.params["not_after"]
         if self.params["not_after"] and late > 0:
             raise RuntimeFailure(f"the order to switch came {late:.0f} s too late and was not obeyed")
+        self._bring_back()
         began = time.perf_counter()
         self.balancer.switch(path, KEY, backend, self.params["require_up"])
         return {**result, "milliseconds": round((time.perf_counter() - began) * 1000, 2), "switched_at": time.time()}
+
+    def _bring_back(self) -> None:
+        """Have traffic go again to those servers that a deploy had drained; who is not healthy stays out."""
+        names = self.params["servers"]
+        for name, server in self.balancer.servers(names).items() if names else ():
+            if not server.status.startswith("UP"):
+                with suppress(RuntimeFailure):
+                    self.balancer.ready([name], self.params["timeout"])
 
     def drained(self) -> dict[str, Any]:
         """Take the servers out of traffic, having looked how the old ones do."""

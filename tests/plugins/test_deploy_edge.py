@@ -136,6 +136,22 @@ def test_an_order_that_comes_late_is_not_obeyed(edge: Edge) -> None:
     assert edge.get() == (200, "blue") and Path(edge.map).read_text() == "active be_blue\n"
 
 
+def test_traffic_goes_back_to_servers_that_were_drained_for_good_already(edge: Edge) -> None:
+    """A deploy that keeps no warm slot was killed after the last requests of the old one, before that was stopped."""
+    start_green(edge)
+    order(edge, "prepared", servers=GREEN)
+    order(edge, "switched", backend="be_green")
+    order(edge, "drained", servers=BLUE)
+    with pytest.raises(RuntimeFailure, match="be_blue needs 1 server"):
+        order(edge, "switched", backend="be_blue", require_up=1)
+    edge.services[BLUE[1]].kill()
+    with traffic(edge) as answers:
+        order(edge, "switched", backend="be_blue", servers=BLUE, require_up=1, timeout=3.0)
+        until(lambda: answers and answers[-1] == (200, "blue"))
+    assert {status for status, _ in answers} == {200}
+    assert edge.balancer.servers()[BLUE[0]].up and not edge.balancer.servers()[BLUE[1]].up
+
+
 def test_without_the_lock_nothing_is_done(edge: Edge) -> None:
     with pytest.raises(lease.LeaseError):
         order(edge, "drained", deploy="d2", servers=BLUE[:1])

@@ -338,7 +338,9 @@ def test_a_killed_rolling_deploy_goes_back_where_it_had_begun() -> None:
 
 def test_a_host_that_was_drained_but_not_changed_comes_back_too() -> None:
     plan = decide(fleet(edge1=edge(lease=LEASE, servers={"be_blue/app2": "MAINT"})), dead=True)
-    assert plan["undo"]["hosts"] == ["app2"]
+    assert plan["undo"]["hosts"] == ["app2"] == plan["undo"]["belong"]
+    older = app(number=3, transaction=killed("blue", "blue", 3))
+    assert decide(fleet(app2=older))["undo"] | {"hosts": ["app2"], "belong": []} == decide(fleet(app2=older))["undo"]
 
 
 @pytest.mark.parametrize("away", ["drained", "stopped"])
@@ -367,7 +369,7 @@ def test_a_host_that_an_edge_keeps_out_is_brought_back_although_its_content_is_r
 def test_a_killed_switch_sends_traffic_back_and_deploys_to_the_idle_slot(balancer: dict[str, Any]) -> None:
     half = app(transaction=killed("green", "blue"), slots={"blue": 4, "green": 5})
     plan = decide(fleet(app1=half, app2=copy.deepcopy(half), edge1=balancer), strategy="blue_green")
-    assert plan["findings"] == []
+    assert plan["findings"] == [] and plan["undo"]["belong"] == ["app1", "app2"]
     assert (plan["undo"]["traffic_to"], plan["old_slot"], plan["slot"]) == ("blue", "blue", "green")
     assert deploy_plan.play_hosts("cleanup_edges", plan, [], []) == ["edge1"]
 
