@@ -47,6 +47,16 @@ def expected(ruleset: str) -> str:
     return run(["unshare", "--net", "sh", "-c", script], what="the ruleset is not valid", stdin=ruleset)
 
 
+def compared(ruleset: str) -> tuple[str, str, bool]:
+    """Return the ruleset in force, the wanted one as nftables lists it, and whether something is to do.
+
+    A ruleset that is in force but not confirmed is something to do: it goes away by itself.
+    """
+    before, after = live(), expected(ruleset)
+    at_boot = BOOT_FILE.read_text() if BOOT_FILE.exists() else ""
+    return before, after, before != after or at_boot != ruleset or (STATE_DIRECTORY / "previous.nft").exists()
+
+
 def write(path: Path, text: str) -> None:
     """Replace *path* (0644, root's) by *text* atomically and durably."""
     path.parent.mkdir(mode=0o700, exist_ok=True)
@@ -99,12 +109,15 @@ def apply(ruleset: str, return_after: int) -> None:
 
 def confirm(ruleset: str) -> None:
     """Keep *ruleset*: cancel the return and make it the one that boot loads. Raises when it is no longer in force."""
-    if live() != expected(ruleset):
+    wanted = expected(ruleset)
+    if live() == wanted:
+        disarm()
+    # The return may have been faster.
+    if live() != wanted:
         raise FirewallError(
             "the new firewall kept SSH out, so the host has returned to the previous one. "
             "Does base_ssh_sources hold the address Ansible comes from, and base_ssh_port the port of sshd? "
             "Mend them in group_vars/all and run the playbook again"
         )
     write(BOOT_FILE, ruleset)
-    disarm()
     (STATE_DIRECTORY / "previous.nft").unlink(missing_ok=True)

@@ -61,9 +61,7 @@ def main() -> None:
             if module.check_mode:
                 module.exit_json(changed=True, live="", diff={"before": "", "after": ruleset})
             module.fail_json(msg="nftables is not installed on this host: run the role base, which installs it")
-        before, after = firewall.live(), firewall.expected(ruleset)
-        at_boot = firewall.BOOT_FILE.read_text() if firewall.BOOT_FILE.exists() else ""
-        changed = before != after or at_boot != ruleset
+        before, after, changed = firewall.compared(ruleset)
         if changed and not module.check_mode:
             if module.params["state"] == "applied":
                 firewall.apply(ruleset, module.params["return_after"])

@@ -99,3 +99,35 @@ def test_a_rule_added_by_hand_is_a_difference(host: Container) -> None:
     assert live(host).strip() == expected
     host.shell("nft add rule inet filter input tcp dport 4444 accept")
     assert live(host).strip() != expected
+
+
+def test_a_firewall_that_was_put_right_stays_although_the_boot_file_was_right_all_the_time(host: Container) -> None:
+    text = ruleset(host, 80)
+    assert call(host, "apply", text, 60).returncode == 0
+    assert call(host, "confirm", text).returncode == 0
+    assert call(host, "compared", text).stdout.strip().endswith("False)")
+    host.shell("nft add table inet planted")
+    assert call(host, "apply", text, 60).returncode == 0
+    assert call(host, "compared", text).stdout.strip().endswith("True)"), "nobody would confirm it"
+    assert call(host, "confirm", text).returncode == 0
+    assert call(host, "compared", text).stdout.strip().endswith("False)")
+    # Of a process that nobody has collected yet only the number is left.
+    waits = host.shell("cat /proc/$(cat /run/return.pid)/cmdline").stdout
+    assert waits == "", "what was planted would come back"
+    assert "planted" not in live(host)
+
+
+def test_a_return_that_is_faster_than_the_confirmation_is_noticed(host: Container) -> None:
+    good, other = ruleset(host, 80), ruleset(host, 82)
+    assert call(host, "apply", good, 60).returncode == 0
+    assert call(host, "confirm", good).returncode == 0
+    assert call(host, "apply", other, 60).returncode == 0
+    # The timer elapses while it is cancelled.
+    racing = '#!/bin/sh\nif [ "$1" = stop ]; then nft --file /run/atlas-firewall/previous.nft; fi\n'
+    host.write({"/usr/local/bin/systemctl": racing})
+    late = call(host, "confirm", other)
+    host.write({"/usr/local/bin/systemctl": SYSTEMCTL})
+    assert late.returncode != 0 and "has returned to the previous one" in late.stderr
+    assert boot_file(host) == good
+    assert call(host, "apply", good, 60).returncode == 0
+    assert call(host, "confirm", good).returncode == 0
