@@ -253,7 +253,9 @@ def _deploy(result: dict[str, Any], fleet: Fleet, release: Mapping[str, Any], op
     revisions = (release.get("schema") or {}).get("revisions", [])
     contract = bool(options["contract"] and set(revisions) - set(options.get("applied") or {}))
     known = (retained(fleet).get(int(fleet.number or 0), {}).get("schema") or {}).get("revisions", [])
-    if options["force"] or contract or not same:
+    # What serves is never written anew in its place: there would be no way back from other settings.
+    other_content = any(facts[h]["as_inventory"] is False and fleet.current[h] == fleet.number for h in todo)
+    if options["force"] or contract or not same or other_content:
         mode, hosts = "deploy", fleet.hosts
     elif todo:
         mode, hosts = "join", todo

@@ -170,11 +170,10 @@ def test_equal_content_that_serves_means_nothing_to_do() -> None:
         app(same=True, number=3),
         app(same=True, units={"atlas-core@blue.service": {"state": "failed", "restarts": 0, "memory": 0}}),
         app(same=True, stale_units=["atlas-core@blue.service"]),
-        app(same=False),
         app(slot=None),
         app("green", 4, same=True),
     ],
-    ids=["not ready", "another deployment", "a service failed", "units changed", "settings", "new", "other slot"],
+    ids=["not ready", "another deployment", "a service failed", "units changed", "new", "other slot"],
 )
 def test_a_host_without_it_gets_what_the_others_serve(other: dict[str, Any]) -> None:
     plan = decide(settled(app3=other), **THREE)
@@ -183,6 +182,14 @@ def test_a_host_without_it_gets_what_the_others_serve(other: dict[str, Any]) -> 
     )  # fmt: skip
     assert deploy_plan.play_hosts("migrate", plan, [], []) == []
     assert deploy_plan.play_hosts("stage", plan, [], []) == ["app3"]
+
+
+def test_settings_of_one_host_that_changed_are_a_new_deployment() -> None:
+    """The number that serves cannot have two contents: a failure could not return to the one before."""
+    plan = decide(settled(app3=app(digest="d" * 64, same=False)), **THREE)
+    assert (plan["mode"], plan["hosts"], plan["number"]) == ("deploy", ["app1", "app2", "app3"], 5)
+    changed_later = app(number=3, same=False)
+    assert decide(settled(app3=changed_later), **THREE)["mode"] == "join", "it has another deployment to return to"
 
 
 def test_units_that_changed_everywhere_are_a_deploy() -> None:
