@@ -148,6 +148,8 @@ def renew(host: Host, number: int, credentials: Mapping[str, str]) -> None:
     """Give the deployment *number* other credentials; until the last step it has the ones before."""
     directory = host.deployment(number)
     partial, old = directory / ".credentials.partial", directory / ".credentials.old"
+    if old.exists() and not (directory / "credentials").exists():
+        old.rename(directory / "credentials")  # a run before this one ended between its two renames
     for leftover in (partial, old):
         shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir(mode=0o700)

@@ -572,6 +572,27 @@ def test_revoked_credentials_are_replaced_and_nothing_else(host: Host, as_root: 
     assert host_facts.compared(host, 1, wanted()) is False
 
 
+def test_credentials_are_replaced_although_the_run_before_ended_halfway(
+    host: Host, as_root: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    atlas_deployment.apply(wanted(), host, False)
+    directory = host.deployment(1)
+    rename = Path.rename
+
+    def ending(self: Path, target: Path) -> Path:
+        if self.name == ".credentials.partial":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "rename", ending)
+        atlas_deployment.apply(wanted(renew=True, settings="", credentials={"tokens": "NEWER"}), host, False)
+    atlas_deployment.apply(wanted(renew=True, settings="", credentials={"tokens": "NEWER"}), host, False)
+    assert sorted(os.listdir(directory)) == ["credentials", "deployment.json", "release", "settings.yaml"]
+    assert os.listdir(directory / "credentials") == ["tokens"]
+    assert host_facts.compared(host, 1, wanted(credentials={"tokens": "NEWER"})) is True
+
+
 def test_a_deployment_that_cannot_be_rendered_leaves_nothing(
     host: Host, as_root: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
