@@ -212,6 +212,11 @@ class Slot:
                 release = str(host.deployments().get(number, {}).get("release"))
                 host.keep_warm(previous)
                 result["seconds"] = self._gate(previous, number, release)
+            # A run that was cut off while it enabled one and disabled the other left both for boot to start.
+            if previous is None:
+                host.disable()
+            else:
+                host.enable(previous)
         host.end()
         return result
 

@@ -301,6 +301,17 @@ def test_undoing_a_first_deploy_leaves_nothing_running(host: Host, healthy: None
     assert host.slots() == {"blue": None, "green": None} and not host.active("blue")
 
 
+def test_undoing_leaves_one_slot_for_boot_to_start(host: Host, healthy: None) -> None:
+    """Killed after the new slot was enabled, before the old one was disabled."""
+    serving(host, "blue", 1)
+    deployed(host, 2)
+    atlas_slot.Slot(params(slot="green", number=2, release="1.0-abc"), host, False).started()
+    (host.boot / "atlas@green.target").symlink_to("/etc/systemd/system/atlas@.target")
+    assert host.in_service() == "blue"
+    atlas_slot.Slot(params(), host, False).undone()
+    assert os.listdir(host.boot) == ["atlas@blue.target"]
+
+
 def test_nothing_is_undone_where_nothing_was_begun(host: Host) -> None:
     assert atlas_slot.Slot(params(), host, False).undone()["changed"] is False
 
