@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import datetime
+import errno
 import hashlib
 import hmac
 import http.client
@@ -225,9 +226,14 @@ class Host:
         """Append *event* to the journal."""
         self.state.mkdir(mode=0o700, exist_ok=True)
         line = json.dumps({"at": now(), "event": event, **details}, sort_keys=True) + "\n"
-        handle = os.open(self.state / "journal.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        handle = os.open(self.state / "journal.jsonl", os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
         try:
-            os.write(handle, line.encode())
+            size = os.fstat(handle).st_size
+            # A line that a crash or a full disk cut off must not swallow this one.
+            torn = size > 0 and os.pread(handle, 1, size - 1) != b"\n"
+            content = ("\n" * torn + line).encode()
+            if os.write(handle, content) < len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.state / "journal.jsonl"))
             os.fsync(handle)
         finally:
             os.close(handle)

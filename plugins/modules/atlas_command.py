@@ -97,6 +97,8 @@ def main() -> None:
                 entry["output"] = done.output.strip()[-300:]
         except HostError as error:
             module.fail_json(msg=str(error), log=error.log)
+        except OSError as error:
+            module.fail_json(msg=f"{error.filename or 'file system'}: {error.strerror or error}")
         outputs.append(done.output.strip())
     module.exit_json(changed=changed, outputs=outputs)
 

@@ -107,6 +107,8 @@ def main() -> None:
         module.exit_json(**apply(module.params, Host(), module.check_mode))
     except HostError as error:
         module.fail_json(msg=str(error), log=error.log)
+    except OSError as error:
+        module.fail_json(msg=f"{error.filename or 'file system'}: {error.strerror or error}")
 
 
 if __name__ == "__main__":

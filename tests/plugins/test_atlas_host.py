@@ -5,6 +5,8 @@ from __future__ import annotations
 import grp
 import json
 import os
+import resource
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -115,6 +117,24 @@ def test_a_torn_line_does_not_spoil_the_journal(host: Host) -> None:
     with (host.state / "journal.jsonl").open("a") as file:
         file.write('{"event": "fini')
     assert host.good() == [1] and host.highest() == 1
+    host.record("finished", deployment=2)
+    host.record("finished", deployment=3)
+    assert host.good() == [1, 2, 3], "nor does it swallow the next one"
+
+
+def test_a_line_that_the_disk_had_no_room_for_is_an_error(host: Host) -> None:
+    host.record("finished", deployment=1)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, ((host.state / "journal.jsonl").stat().st_size + 10, limit[1]))
+        with pytest.raises(OSError, match=r"journal\.jsonl"):
+            host.record("finished", deployment=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, ignored)
+    host.record("finished", deployment=3)
+    assert host.good() == [1, 3]
 
 
 def test_pruning_never_takes_what_a_rollback_needs(host: Host) -> None:
