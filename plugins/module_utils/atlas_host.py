@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import datetime
 import errno
+import fcntl
 import hashlib
 import hmac
 import http.client
@@ -36,6 +37,8 @@ HEARTBEAT_SECONDS = 15.0
 """A worker whose last heartbeat is older than this does not count as alive."""
 CRASHES = 3
 """A service that systemd restarted this often while it was waited for will not come up."""
+ALONE_SECONDS = 300.0
+"""Longer than it takes to stop the services of a slot and to wait for others to be healthy."""
 JOURNAL_ENTRIES = 5000
 """A journal that is longer loses its older half when a deploy is finished."""
 NEVER_TRIMMED = ("rotation",)
@@ -314,6 +317,31 @@ class Host:
         return said + (ends[-2:] if said else about[-8:])
 
     # What changes it
+
+    @contextmanager
+    def alone(self, seconds: float = ALONE_SECONDS) -> Iterator[None]:
+        """Keep out who else would change this host meanwhile, having waited at most *seconds* for one that does.
+
+        A module runs to its end although the playbook that called it was killed: the next run must not meet it halfway.
+        Raises :class:`HostError` when the wait is over. Not to be nested.
+        """
+        deadline = time.monotonic() + seconds
+        handle = os.open(self.root, os.O_RDONLY)
+        try:
+            while True:
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() >= deadline:
+                        raise HostError(
+                            f"Somebody else still changes this host, after {seconds:g} s, perhaps for a deploy that was killed. "
+                            "See who: ps -ef | grep AnsiballZ; then run the playbook again."
+                        ) from None
+                    time.sleep(0.1)
+            yield
+        finally:
+            os.close(handle)
 
     def point(self, slot: str, number: int | None) -> None:
         """Point *slot* at the deployment *number* by one rename, or at nothing."""

@@ -93,6 +93,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -193,8 +194,11 @@ def main() -> None:
         },
         supports_check_mode=True,
     )
+    host = Host()
     try:
-        module.exit_json(**apply(module.params, Host(), module.check_mode))
+        with nullcontext() if module.check_mode else host.alone():
+            result = apply(module.params, host, module.check_mode)
+        module.exit_json(**result)
     except HostError as error:
         module.fail_json(msg=str(error), log=error.log)
     except OSError as error:

@@ -52,6 +52,7 @@ seconds:
 
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 from ansible.module_utils.atlas_host import SLOTS, Gate, Host, HostError, units
@@ -103,8 +104,11 @@ def main() -> None:
         },
         supports_check_mode=True,
     )
+    host = Host()
     try:
-        module.exit_json(**apply(module.params, Host(), module.check_mode))
+        with nullcontext() if module.check_mode else host.alone():
+            result = apply(module.params, host, module.check_mode)
+        module.exit_json(**result)
     except HostError as error:
         module.fail_json(msg=str(error), log=error.log)
     except OSError as error:

@@ -35,7 +35,9 @@ options:
     type: str
     required: true
   deploy:
-    description: The deploy on whose behalf this happens; it marks the record of what the host was.
+    description: >-
+      The deploy on whose behalf this happens; it marks the record of what the host was, and does not touch another one's.
+      O(state=undone) without it takes any.
     type: str
     default: ""
   timeout:
@@ -100,6 +102,7 @@ log:
 
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 from ansible.module_utils.atlas_host import SLOTS, Gate, Host, HostError, read_json, requests
@@ -122,6 +125,15 @@ class Slot:
         self.host.note(processes=self.host.processes(slot), began=began)
         return round(seconds, 1)
 
+    def _refuse_others(self) -> None:
+        """Raise HostError where another deploy than ours has begun and not ended: what it recorded is not ours to use."""
+        was, ours = self.host.transaction(), self.params["deploy"]
+        if ours and was.get("deploy", ours) != ours:
+            raise HostError(
+                f"deploy {was['deploy']} has begun to change this host and has not ended. "
+                "Run playbooks/deploy.yml: it cleans up first, or says who deploys."
+            )
+
     def started(self) -> dict[str, Any]:
         """Bring the deployment up in the slot."""
         return self._bring_up(start=True)
@@ -138,6 +150,7 @@ class Slot:
             return result
         if not (host.deployment(number) / "deployment.json").is_file():
             raise HostError(f"deployment {number} is not on this host.")
+        self._refuse_others()
         details = {"deploy": self.params["deploy"], "deployment": number, "slot": slot}
         with host.recorded("started" if start else "engaged", "switch", **details):
             transaction = {**details, "slots": before, "in_service": host.in_service(), "started_at": time.time()}
@@ -165,6 +178,7 @@ class Slot:
             "release": self.params["release"],
             "rolled_back": self.params["rolled_back"],
         }
+        self._refuse_others()
         was_in_service = host.transaction().get("in_service")
         host.enable(slot)
         if number not in host.good()[-1:]:
@@ -200,6 +214,7 @@ class Slot:
         result = {"changed": True, "slot": previous, "number": number, "diff": _diff(host.slots(), slots)}
         if self.check:
             return result
+        self._refuse_others()
         if previous == was["slot"] and number == host.slots()[previous] and len(host.active(previous)) == 4:
             host.end()  # killed before the first change
             return result
@@ -252,7 +267,9 @@ def main() -> None:
     )
     slot = Slot(module.params, Host(), module.check_mode)
     try:
-        module.exit_json(**getattr(slot, module.params["state"])())
+        with nullcontext() if module.check_mode else slot.host.alone():
+            result = getattr(slot, module.params["state"])()
+        module.exit_json(**result)
     except HostError as error:
         module.fail_json(msg=str(error), log=error.log)
     except OSError as error:

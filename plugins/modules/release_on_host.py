@@ -76,9 +76,11 @@ manifest:
 
 import errno
 import platform
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from ansible.module_utils.atlas_host import Host, HostError
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.release import (
     ReleaseError,
@@ -173,9 +175,11 @@ def main() -> None:
         },
         supports_check_mode=True,
     )
+    root = Path(module.params["root"])
     try:
-        result = run(module)
-    except ReleaseError as error:
+        with Host(root=root).alone() if root.is_dir() and not module.check_mode else nullcontext():
+            result = run(module)
+    except (ReleaseError, HostError) as error:
         module.fail_json(msg=str(error))
     except OSError as error:
         cause = (

@@ -8,6 +8,8 @@ import os
 import resource
 import signal
 import subprocess
+import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -319,6 +321,38 @@ def test_undoing_a_first_deploy_leaves_nothing_running(host: Host, healthy: None
     atlas_slot.Slot(params(slot="blue", number=1, release="1.0-abc"), host, False).started()
     atlas_slot.Slot(params(), host, False).undone()
     assert host.slots() == {"blue": None, "green": None} and not host.active("blue")
+
+
+def test_nobody_meets_a_run_halfway_that_goes_on_after_its_playbook_was_killed(host: Host) -> None:
+    program = (
+        "import sys, time, pathlib; sys.path[:0] = [sys.argv[1]]; from atlas_host import Host\n"
+        "with Host(root=pathlib.Path(sys.argv[2])).alone():\n"
+        "    print('in', flush=True); sys.stdin.read()"
+    )
+    argv = [sys.executable, "-c", program, str(Path(atlas_host.__file__).parent), str(host.root)]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdin is not None and other.stdout is not None
+        assert other.stdout.readline() == "in\n"
+        with pytest.raises(HostError, match="Somebody else still changes this host"), host.alone(0.2):
+            pass
+        threading.Timer(0.3, other.stdin.close).start()
+        with host.alone(30):
+            assert other.wait(5) == 0
+    with host.alone(0):
+        pass
+
+
+def test_a_deploy_that_lost_the_lock_keeps_its_hands_off_what_another_one_has_begun(host: Host, healthy: None) -> None:
+    serving(host, "blue", 1)
+    deployed(host, 2)
+    deployed(host, 3)
+    atlas_slot.Slot(params(slot="blue", number=3, release="1.0-abc", deploy="d2"), host, False).started()
+    before = (host.slots(), host.transaction())
+    for state in ("undone", "started", "engaged", "finished"):
+        with pytest.raises(HostError, match="deploy d2 has begun to change this host"):
+            getattr(atlas_slot.Slot(params(slot="blue", number=2, release="1.0-abc"), host, False), state)()
+    assert (host.slots(), host.transaction()) == before
+    assert atlas_slot.Slot(params(deploy=""), host, False).undone()["number"] == 1, "a clean-up takes whatever is there"
 
 
 def test_undoing_leaves_one_slot_for_boot_to_start(host: Host, healthy: None) -> None:
