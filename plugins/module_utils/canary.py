@@ -93,18 +93,17 @@ def _histograms(times: str) -> dict[str, Histogram]:
 def since(before: Mapping[str, Mapping[str, Any]], after: Counters, servers: Iterable[str]) -> dict[str, Any]:
     """Return what happened on *servers* from *before* to *after*: requests, errors, histogram.
 
-    Counters that fell began anew in between (a reload); what they show is all there is.
+    Counters of a server began anew in between (a reload) if any of them fell; what they show then is all there is.
     """
     parts = []
     for name in servers:
         now, was = after.get(name), before.get(name) or {}
         if now is None:
             continue
-        if now["requests"] < was.get("requests", 0):
-            was = {}
         old = was.get("histogram") or {}
-        if any(value < old.get(bound, 0) for bound, value in now["histogram"].items()):
-            old = {}
+        fell = [now[key] < was.get(key, 0) for key in ("requests", "errors")]
+        if any(fell) or any(value < old.get(bound, 0) for bound, value in now["histogram"].items()):
+            was, old = {}, {}
         counted = {key: now[key] - was.get(key, 0) for key in ("requests", "errors")}
         parts.append({**counted, "histogram": {bound: n - old.get(bound, 0) for bound, n in now["histogram"].items()}})
     return combine(parts)

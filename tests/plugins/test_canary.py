@@ -159,6 +159,16 @@ def test_counters_are_read_from_one_moment_to_the_other_also_across_a_reload() -
     assert (found["histogram"]["+Inf"], found["histogram"]["10"]) == (4 + 3, 3 + 3)
 
 
+def test_a_reload_shows_also_where_more_was_counted_since_than_before() -> None:
+    """Five failures of ten before; none of twelve since: what is left of the old release is not less than no failure."""
+    row = "0x1: key=be_blue/app1 use=0 exp=0 gpc0={} gpc1={}"
+    before = counted(["be_blue,app1,0,0,2,0,5,0,0,5,0"], [row.format(10, 4)])
+    after = counted(["be_blue,app1,0,0,2,0,12,0,0,0,0"], [row.format(12, 12)])
+    found = canary.since(before, after, ["be_blue/app1"])
+    assert (found["requests"], found["errors"], found["histogram"]["10"]) == (12, 0, 12)
+    assert judge(seen(100), seen(**found)) == "pass"
+
+
 # The services' metrics
 
 METRICS = """# TYPE atlas_queue_deployment_events gauge
