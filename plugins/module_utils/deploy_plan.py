@@ -265,6 +265,8 @@ def _deploy(result: dict[str, Any], fleet: Fleet, release: Mapping[str, Any], op
     rolling = mode == "join" or (
         mode == "deploy" and options["strategy"] == "rolling" and fleet.home is not None and len(hosts) > 1
     )
+    if rolling:
+        hosts = weakest_first(fleet, hosts)
     slot = fleet.home or first_slot(fleet)
     if mode == "deploy" and fleet.home and not rolling:
         slot = other(slot)
@@ -275,7 +277,7 @@ def _deploy(result: dict[str, Any], fleet: Fleet, release: Mapping[str, Any], op
         "rolling": rolling,
         "slot": slot,
         "watch_first": mode == "deploy" and rolling and len(options["steps"]) > 1,
-        "batch": batch(len(options["hosts"]), options),
+        "batch": batch(len(options["hosts"]), options, len(fleet.missing)),
         "warm": False,
         "renew": [],
         "contract": contract,
@@ -285,9 +287,14 @@ def _deploy(result: dict[str, Any], fleet: Fleet, release: Mapping[str, Any], op
     }
 
 
-def batch(count: int, options: Options) -> int:
-    """Return how many of *count* hosts may be out of rotation at once, so that the least capacity in percent is kept."""
-    return max(1, int(count * (100 - options["capacity_percent"]) / 100))
+def weakest_first(fleet: Fleet, hosts: Sequence[str]) -> list[str]:
+    """Return *hosts*, those first that do not serve: they have to be back before one leaves rotation that does."""
+    return sorted(hosts, key=lambda host: serves(fleet.facts[host]))
+
+
+def batch(count: int, options: Options, missing: int = 0) -> int:
+    """Return how many of *count* hosts, *missing* of them away, may leave rotation at once with the least capacity kept."""
+    return max(1, int(count * (100 - options["capacity_percent"]) / 100) - missing)
 
 
 def first_slot(fleet: Fleet) -> str:
@@ -347,6 +354,8 @@ def _rollback(result: dict[str, Any], fleet: Fleet, options: Options) -> list[st
         )
     )
     rolling = options["strategy"] == "rolling" and len(hosts) > 1 and not warm
+    if rolling:
+        hosts = weakest_first(fleet, hosts)
     content = known.get(number or 0, {})
     result |= {
         "mode": "rollback",
@@ -358,7 +367,7 @@ def _rollback(result: dict[str, Any], fleet: Fleet, options: Options) -> list[st
         "warm": warm,
         "renew": renew,
         "watch_first": False,
-        "batch": batch(len(options["hosts"]), options),
+        "batch": batch(len(options["hosts"]), options, len(fleet.missing)),
         "contract": False,
         "rolled_back": fleet.number,
         "release": {

@@ -619,6 +619,24 @@ def test_capacity_never_falls_below_its_minimum(count: int, percent: int, at_onc
     assert deploy_plan.batch(count, options(capacity_percent=percent)) == at_once
 
 
+def test_a_host_that_is_away_counts_against_the_capacity() -> None:
+    ten: dict[str, Any] = {"hosts": [f"app{n}" for n in range(1, 11)]}
+    servers = {f"be_{slot}/app{n}": "UP" for slot in ("blue", "green") for n in range(1, 11)}
+    up = {f"app{n}": app() for n in range(1, 8)} | {"edge1": edge(servers=servers)}
+    away = {f"app{n}": {"unreachable": True} for n in range(8, 11)}
+    assert decide(up | {f"app{n}": app() for n in range(8, 11)}, **ten)["batch"] == 4
+    assert decide(up | away, quorum=7, **ten)["batch"] == 1, "three of the four that may be out are out already"
+
+
+def test_who_does_not_serve_is_brought_back_before_the_only_one_that_serves_is_drained() -> None:
+    down = {"ready": None, "units": {"atlas-api@blue.service": {"state": "failed", "restarts": 9, "memory": 0}}}
+    plan = decide(fleet(app2=app(**down)))
+    assert plan["rolling"] and plan["hosts"] == ["app2", "app1"]
+    back = rollback(fleet(app1=history(3, 4), app2=history(3, 4, **down)))
+    assert back["rolling"] and back["hosts"] == ["app2", "app1"]
+    assert decide(fleet())["hosts"] == ["app1", "app2"]
+
+
 # Status
 
 
