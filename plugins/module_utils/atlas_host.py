@@ -409,7 +409,8 @@ class Host:
 
     def keep_warm(self, slot: str) -> None:
         """Take back what :meth:`cool` ordered for *slot*."""
-        self.run(["systemctl", "stop", f"{_cooling(slot)}.timer"])
+        # A timer that elapses at this moment has started its service, whose stop of the slot must not come later.
+        self.run(["systemctl", "stop", f"{_cooling(slot)}.timer", f"{_cooling(slot)}.service"])
         (self.state / f"warm-{slot}.json").unlink(missing_ok=True)
 
     def warm_until(self, slot: str) -> int | None:

@@ -217,8 +217,9 @@ def test_a_warm_slot_is_engaged_without_a_restart_and_its_timer_is_taken_back(ho
     host.run.calls.clear()  # type: ignore[attr-defined]
     back = params(slot="blue", number=1, release="1.0-abc", deploy="d2", rolled_back=2, warm_seconds=600)
     atlas_slot.Slot(back, host, False).engaged()
-    calls = [call[1:3] for call in host.run.calls if call[0] == "systemctl"]  # type: ignore[attr-defined]
-    assert ["stop", "atlas-cooling-blue.timer"] in calls and host.warm_until("blue") is None
+    asked = [call[1:] for call in host.run.calls if call[0] == "systemctl"]  # type: ignore[attr-defined]
+    calls = [call[:2] for call in asked]
+    assert ["stop", "atlas-cooling-blue.timer", "atlas-cooling-blue.service"] in asked and host.warm_until("blue") is None
     assert not [call for call in calls if call[0] == "start" or call == ["stop", "--no-block"]]
     atlas_slot.Slot(back, host, False).finished()
     assert host.in_service() == "blue" and host.good() == [1] and host.abandoned() == 2
