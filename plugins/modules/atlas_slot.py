@@ -184,7 +184,6 @@ class Slot:
         if number not in host.good()[-1:]:
             with host.recorded("finished", "finish", **details, served=self._served(was_in_service)):
                 pass
-        host.end()
         for other in SLOTS:
             if other == slot or not host.active(other):
                 continue
@@ -192,6 +191,8 @@ class Slot:
                 host.cool(other, self.params["warm_seconds"])
             elif host.warm_until(other) is None:
                 host.stop(other, self.params["stop_timeout"])
+        # Not before the old slot stops, now or later: the next run would not see to it.
+        host.end()
         host.trim()
         return {**result, "pruned": host.prune(self.params["keep"])}
 

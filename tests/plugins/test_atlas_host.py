@@ -179,6 +179,25 @@ def test_a_finished_deployment_serves_and_boots_and_the_old_one_stops(host: Host
     assert host.transaction() == {} and host.good() == [1, 2]
 
 
+def test_an_old_slot_that_would_not_stop_is_stopped_by_the_next_run(
+    host: Host, healthy: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serving(host, "blue", 1)
+    deployed(host, 2)
+    slot = atlas_slot.Slot(params(slot="green", number=2, release="1.0-abc"), host, False)
+    slot.started()
+
+    def stuck(*_: Any) -> bool:
+        raise HostError("it did not stop")
+
+    with monkeypatch.context() as patch, pytest.raises(HostError, match="it did not stop"):
+        patch.setattr(Host, "stop", stuck)
+        slot.finished()
+    assert host.transaction()["deployment"] == 2 and host.in_service() == "green" and host.good() == [1, 2]
+    slot.finished()
+    assert host.transaction() == {} and not host.active("blue") and host.good() == [1, 2]
+
+
 def test_what_the_old_slot_answered_is_kept_when_it_is_left(
     host: Host, healthy: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
