@@ -13,7 +13,6 @@ import platform
 import pwd
 import re
 import shutil
-import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,6 +33,7 @@ from ansible.module_utils.atlas_host import (
     units,
 )
 from ansible.module_utils.canary import counters
+from ansible.module_utils.haproxy_runtime import RuntimeFailure, RuntimeSocket
 from ansible.module_utils.rotation import EVENT
 
 STATE = Path("/var/lib/atlas-deploy")
@@ -100,35 +100,25 @@ def balancer(path: str) -> dict[str, Any]:
         found["file"] = dict(row[:2] for row in rows if len(row) >= 2).get("active")
     except OSError:
         found["file"] = None
+    ask = RuntimeSocket(path).ask
     try:
-        rows = [line.split() for line in ask(path, f"show map {MAP}").splitlines()]
+        rows = [line.split() for line in ask(f"show map {MAP}").splitlines()]
         found["memory"] = next((row[2] for row in rows if len(row) >= 3 and row[1] == "active"), None)
-        rows = [line.split(maxsplit=2) for line in ask(path, f"show map {MAINTENANCE}").splitlines()]
+        rows = [line.split(maxsplit=2) for line in ask(f"show map {MAINTENANCE}").splitlines()]
         found["maintenance"] = next((row[2] for row in rows if len(row) == 3 and row[1] == "reason"), None)
-        ends = re.search(r"^notAfter: (.+) GMT$", ask(path, f"show ssl cert {CERTIFICATE}"), re.MULTILINE)
+        ends = re.search(r"^notAfter: (.+) GMT$", ask(f"show ssl cert {CERTIFICATE}"), re.MULTILINE)
         if ends:
             left = calendar.timegm(time.strptime(ends[1], "%b %d %H:%M:%S %Y")) - time.time()
             found["certificate_days"] = int(left // 86400)
-        shown = ask(path, "show stat")
-        found["counters"] = counters(shown, ask(path, "show table st_times"))
+        shown = ask("show stat")
+        found["counters"] = counters(shown, ask("show table st_times"))
         for row in csv.DictReader(io.StringIO(shown.removeprefix("# "))):
             if row.get("type") == "2":
                 found["servers"][f"{row['pxname']}/{row['svname']}"] = row["status"]
-    except OSError as error:
-        found["error"] = f"its socket {path} does not answer ({error.strerror or error})"
+    except RuntimeFailure as failure:
+        why = failure.__cause__
+        found["error"] = f"its socket {path} does not answer ({getattr(why, 'strerror', None) or why})"
     return found
-
-
-def ask(path: str, command: str) -> str:
-    """Return the balancer's answer to *command* on its socket *path*."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
-        client.settimeout(5)
-        client.connect(path)
-        client.sendall(command.encode() + b"\n")
-        chunks = []
-        while chunk := client.recv(65536):
-            chunks.append(chunk)
-    return b"".join(chunks).decode(errors="replace")
 
 
 def free_mb(path: Path) -> int:

@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -18,7 +19,7 @@ from typing import Any
 import atlas_deployment
 import atlas_slot
 import pytest
-from ansible.module_utils import atlas_host, host_facts, rotation
+from ansible.module_utils import atlas_host, haproxy_runtime, host_facts, rotation
 from ansible.module_utils.atlas_host import Answer, Done, Gate, Host, HostError
 
 ACTIVE = {
@@ -301,6 +302,35 @@ def test_rotations_and_the_age_of_the_first_entry_outlast_the_trimming(
     found = rotation.states({"app1": journal})["tokens"]
     assert (found["generation"], found["finished_at"]) == (1, rotation.unix("2030-01-02T00:00:00Z"))
     assert host.good()[-3:] == [22, 23, 24] and 0 not in host.good()
+
+
+def test_a_balancer_that_reloads_at_this_moment_is_not_one_that_does_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = str(tmp_path / "admin.sock")
+    monkeypatch.setattr(Path, "exists", lambda _: True)
+    with socket.socket(socket.AF_UNIX) as listener:
+
+        def serve() -> None:
+            listener.bind(path)
+            listener.listen()
+            for _ in range(5):
+                with listener.accept()[0] as connection:
+                    if connection.recv(100).startswith(b"show map /etc/haproxy/slot.map"):
+                        connection.sendall(b"0x1 active be_green\n")
+
+        timer = threading.Timer(0.3, serve)
+        timer.daemon = True
+        timer.start()
+        found = host_facts.balancer(path)
+    assert found["memory"] == "be_green" and "error" not in found
+
+
+def test_a_balancer_that_does_not_run_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "exists", lambda _: True)
+    monkeypatch.setattr(haproxy_runtime, "RELOAD_SECONDS", 0.2)
+    found = host_facts.balancer(str(tmp_path / "none.sock"))
+    assert found["error"] == f"its socket {tmp_path}/none.sock does not answer (No such file or directory)"
 
 
 @pytest.mark.parametrize(("age", "stale"), [(10, []), (-10, ["atlas-api@blue.service"])])
