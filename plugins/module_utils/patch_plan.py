@@ -14,6 +14,8 @@ Facts = Mapping[str, Mapping[str, Any]]
 # What an upgrade of restarts the database, whoever uses it.
 DATABASE_PACKAGES = ["postgresql"]
 BOOT_PACKAGES = ("linux-image", "dbus")
+PAGE = "A server is being updated. It takes a few minutes."
+"""What users are told during a downtime; a page with another text is somebody else's."""
 
 
 def keep_up(count: int) -> int:
@@ -52,6 +54,9 @@ def plan(
         "steps": steps,
         "order": _sequence(steps) if not findings else [],
         "serving": _serving(steps, facts, options) if not findings else [],
+        "page": PAGE,
+        # Left by a run that was killed.
+        "left_pages": [edge for edge in options["edges"] if _page(edge, facts) == PAGE],
         **controller,
     }
 
@@ -67,8 +72,8 @@ def step(host: str, looked: Mapping[str, Any], facts: Facts, options: Mapping[st
     """Return what is done on *host*.
 
     work: whether anything is. drain: out of the edges' rotation and services stopped meanwhile. flip: services renewed by
-    way of the idle slot. boot: why it boots, if it may. keep: beginnings of packages that stay. left: what is not done
-    and why.
+    way of the idle slot. pages: edges that show users the page meanwhile. boot: why it boots, if it may. keep: beginnings
+    of packages that stay. left: what is not done and why.
     """
     slot = facts.get(host, {}).get("slot")
     app, edge = host in options["hosts"] and slot is not None, host in options["edges"]
@@ -97,6 +102,8 @@ def step(host: str, looked: Mapping[str, Any], facts: Facts, options: Mapping[st
     if len(stale) < len(looked["stale"]):
         left.append(f"PostgreSQL runs on replaced files until it is restarted: {consent}")
     unfinished = app and _unfinished(host, facts, options)
+    # Only what users would notice calls for the page that tells them.
+    downtime = bool(alone) and accepted and bool(boots or (database and (packages or stale)))
     return {
         "work": bool(packages or boot or stale or unfinished),
         "packages": packages,
@@ -108,8 +115,10 @@ def step(host: str, looked: Mapping[str, Any], facts: Facts, options: Mapping[st
         "drain": app and len(options["hosts"]) > 1,
         "keep_up": 0 if unfinished or not app else keep_up(len(options["hosts"])),
         "flip": app and len(options["hosts"]) == 1,
-        # Only what users would notice calls for the page that tells them.
-        "downtime": bool(alone) and accepted and bool(boots or (database and (packages or stale))),
+        "downtime": downtime,
+        "pages": [edge for edge in options["edges"] if edge != host and _page(edge, facts) in (None, PAGE)]
+        if downtime
+        else [],
         "may_boot": options["reboot"] != "never" and accepted,
         "boot": boot,
         "stale": stale,
@@ -117,6 +126,12 @@ def step(host: str, looked: Mapping[str, Any], facts: Facts, options: Mapping[st
         "left": left,
         "consent": consent if alone and not accepted else "",
     }
+
+
+def _page(edge: str, facts: Facts) -> str | None:
+    """Return what the maintenance page of *edge* tells users; None where there is none."""
+    told = facts.get(edge, {}).get("edge", {}).get("maintenance")
+    return None if told is None else str(told)
 
 
 def _unfinished(host: str, facts: Facts, options: Mapping[str, Any]) -> bool:

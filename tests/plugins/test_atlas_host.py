@@ -239,7 +239,9 @@ def test_a_warm_slot_is_engaged_without_a_restart_and_its_timer_is_taken_back(ho
     atlas_slot.Slot(back, host, False).engaged()
     asked = [call[1:] for call in host.run.calls if call[0] == "systemctl"]  # type: ignore[attr-defined]
     calls = [call[:2] for call in asked]
-    assert ["stop", "atlas-cooling-blue.timer", "atlas-cooling-blue.service"] in asked and host.warm_until("blue") is None
+    assert ["stop", "atlas-cooling-blue.timer", "atlas-cooling-blue.service"] in asked and host.warm_until(
+        "blue"
+    ) is None
     assert not [call for call in calls if call[0] == "start" or call == ["stop", "--no-block"]]
     atlas_slot.Slot(back, host, False).finished()
     assert host.in_service() == "blue" and host.good() == [1] and host.abandoned() == 2

@@ -72,6 +72,21 @@ def test_half_of_the_app_hosts_serve_while_one_is_patched(count: int, expected: 
     assert patch_plan.keep_up(count) == expected
 
 
+def test_the_page_of_somebody_else_stays_as_it_is_and_that_of_a_killed_run_goes() -> None:
+    found, told = (
+        {"db1": looked("postgresql-15")},
+        {"edge2": edge() | {"edge": {**edge()["edge"], "maintenance": "we move"}}},
+    )
+    plan = decide(found, downtime=["db1"])
+    assert plan["steps"]["db1"]["pages"] == ["edge1", "edge2"] and plan["left_pages"] == []
+    assert decide(found, told, downtime=["db1"])["steps"]["db1"]["pages"] == ["edge1"]
+    assert decide(found)["steps"]["db1"]["pages"] == [], "no downtime is accepted"
+    told["edge2"]["edge"]["maintenance"] = plan["page"]
+    left = decide(facts=told)
+    assert left["order"] == [] and left["left_pages"] == ["edge2"]
+    assert decide(found, told, downtime=["db1"])["steps"]["db1"]["pages"] == ["edge1", "edge2"]
+
+
 def test_the_database_is_restarted_only_where_its_downtime_is_accepted() -> None:
     found = {
         "db1": looked("postgresql-15", "openssl", stale=["postgresql@15-main.service"], boot=["asked for by libc6"])
