@@ -222,7 +222,8 @@ def verdict(
 
     *watched*: host → result of deploy_watch. *before*: edge → how the old release did there before the switch, which counts
     where nothing of it was seen beside the new one. *numbers*: new and old deployment. A host that failed has said so
-    itself: then the verdict is fail, without a reason.
+    itself: then the verdict is fail, without a reason. It is fail as well where one edge has taken its traffic back, whatever
+    the others saw: it sends users to the old deployment by now.
     """
     bad = {host: result for host, result in watched.items() if result.get("failed") or result.get("unreachable")}
     silent = [host for host, result in bad.items() if result.get("unreachable")]
@@ -234,6 +235,10 @@ def verdict(
     for side, number in zip((new, old), numbers, strict=True):
         side["jobs"] = counted.get(str(number), [0, 0])
     found = judge(new, old, limits)
+    back = [host for host, result in watched.items() if (result.get("edge") or {}).get("withdrawn")]
+    if back and found["verdict"] != "fail":
+        said = [f"{host} took its traffic back, because there it certainly did worse" for host in back]
+        found |= {"verdict": "fail", "reasons": said}
     if bad:
         return {**found, "verdict": "fail", "reasons": [f"{host} cannot be reached any more" for host in silent]}
     return found

@@ -218,6 +218,17 @@ def test_one_edge_may_see_too_little_but_not_all_of_them() -> None:
     assert verdict(watched)["verdict"] == "inconclusive"
 
 
+def test_an_edge_that_took_its_traffic_back_ends_the_deploy_whatever_the_others_saw() -> None:
+    one = edge((20, 4), (400, 0))
+    one["edge"]["withdrawn"] = True
+    watched = {"edge1": one, "edge2": edge((500, 0), (9000, 0)), "app1": app()}
+    found = verdict(watched)
+    assert found["verdict"] == "fail"
+    assert found["reasons"] == ["edge1 took its traffic back, because there it certainly did worse"]
+    one["edge"]["withdrawn"] = False
+    assert verdict(watched)["verdict"] == "pass"
+
+
 def test_jobs_are_those_of_the_two_deployments() -> None:
     watched = {"edge1": edge((50, 0), (100, 0)), "app1": app({"7": [10, 10], "6": [0, 50], "5": [50, 50]})}
     found = verdict(watched)
