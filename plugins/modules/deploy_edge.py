@@ -162,7 +162,8 @@ class Edge:
         return {"old": canary.since(self.params["since"], counters, self.params["old_servers"])}
 
     def _host(self, server: str) -> str:
-        return server.split("/", 1)[1].removesuffix("-blue").removesuffix("-green")
+        backend, _, name = server.partition("/")
+        return name.rpartition("-")[0] if backend == "be_mixed" else name
 
     def switched(self) -> dict[str, Any]:
         """Switch, in time or not at all."""

@@ -110,6 +110,12 @@ def test_hosts_that_take_no_part_are_kept_out_of_every_backend(edge: Edge) -> No
     assert json.loads((lease.DIRECTORY / "owed.json").read_text()) == {}
 
 
+def test_a_host_may_be_named_like_a_slot() -> None:
+    known = deploy_edge.Edge({}, real.Balancer("none"), Host(), True)
+    names = ("be_blue/web-blue", "be_green/web-blue", "be_mixed/web-blue-blue", "be_mixed/web-blue-green")
+    assert {known._host(name) for name in names} == {"web-blue"}
+
+
 def test_a_host_that_was_healthy_for_a_while_is_back_without_another_wait(edge: Edge) -> None:
     order(edge, "drained", servers=BLUE[:1])
     assert edge.balancer.servers()[BLUE[0]].status == "DRAIN"
