@@ -175,7 +175,8 @@ def _hosts(looked: Facts, facts: Facts, options: Mapping[str, Any], targets: Seq
                 f"Finish or undo it first: ansible-playbook -i {options['inventory']} playbooks/deploy.yml"
             )
         owed = [edge for edge in options["edges"] if host in (facts.get(edge, {}).get("edge", {}).get("owed") or {})]
-        if host in targets and owed:
+        # An edge that boots forgets whom it kept out.
+        if owed and (host in targets or set(options["edges"]) & set(targets)):
             found.append(
                 f"{host} is owed a deployment and kept out of traffic. Deploy first: "
                 f"ansible-playbook -i {options['inventory']} playbooks/deploy.yml"

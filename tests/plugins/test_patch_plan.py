@@ -187,6 +187,8 @@ def test_a_host_that_is_owed_a_deployment_is_not_brought_back_with_its_old_one()
     (finding,) = decide({"app1": looked("openssl")}, {"edge1": behind})["findings"]
     assert "app2 is owed a deployment" in finding
     assert decide({"app1": looked("openssl")}, {"edge1": behind, "edge2": behind}, only=["db1"])["findings"] == []
+    (finding,) = decide({"edge2": looked("openssl")}, {"edge1": behind}, only=["edge2"])["findings"]
+    assert "app2 is owed a deployment" in finding, "edge2 may boot, and would send traffic there"
 
 
 def test_a_deploy_that_runs_keeps_it_out_and_a_dead_one_does_not() -> None:
