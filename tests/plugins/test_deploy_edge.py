@@ -16,7 +16,7 @@ import deploy_watch
 import pytest
 from ansible.module_utils import lease
 from ansible.module_utils.atlas_host import Answer, Gate, Host, HostError
-from ansible.module_utils.haproxy_runtime import RuntimeFailure
+from ansible.module_utils.haproxy_runtime import Balancer, RuntimeFailure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -111,7 +111,7 @@ def test_hosts_that_take_no_part_are_kept_out_of_every_backend(edge: Edge) -> No
 
 
 def test_a_host_may_be_named_like_a_slot() -> None:
-    known = deploy_edge.Edge({}, real.Balancer("none"), Host(), True)
+    known = deploy_edge.Edge({}, Balancer("none"), Host(), True)
     names = ("be_blue/web-blue", "be_green/web-blue", "be_mixed/web-blue-blue", "be_mixed/web-blue-green")
     assert {known._host(name) for name in names} == {"web-blue"}
 
@@ -153,7 +153,7 @@ def test_traffic_goes_back_to_servers_that_were_drained_for_good_already(edge: E
     edge.services[BLUE[1]].kill()
     with traffic(edge) as answers:
         order(edge, "switched", backend="be_blue", servers=BLUE, require_up=1, timeout=3.0)
-        until(lambda: answers and answers[-1] == (200, "blue"))
+        until(lambda: answers[-1:] == [(200, "blue")])
     assert {status for status, _ in answers} == {200}
     assert edge.balancer.servers()[BLUE[0]].up and not edge.balancer.servers()[BLUE[1]].up
 

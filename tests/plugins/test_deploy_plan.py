@@ -629,7 +629,10 @@ def test_a_host_that_is_away_counts_against_the_capacity() -> None:
 
 
 def test_who_does_not_serve_is_brought_back_before_the_only_one_that_serves_is_drained() -> None:
-    down = {"ready": None, "units": {"atlas-api@blue.service": {"state": "failed", "restarts": 9, "memory": 0}}}
+    down: dict[str, Any] = {
+        "ready": None,
+        "units": {"atlas-api@blue.service": {"state": "failed", "restarts": 9, "memory": 0}},
+    }
     plan = decide(fleet(app2=app(**down)))
     assert plan["rolling"] and plan["hosts"] == ["app2", "app1"]
     back = rollback(fleet(app1=history(3, 4), app2=history(3, 4, **down)))
