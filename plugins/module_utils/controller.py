@@ -21,13 +21,15 @@ def controller() -> dict[str, str]:
 
 
 def playbook_process() -> int:
-    """Return the process of ansible-playbook: this one's eldest ancestor in an unbroken line of that name."""
+    """Return the process of ansible-playbook, whose workers are copies of it: this one's eldest ancestor with the same command.
+
+    Who started it (a shell, sudo, a job's script) has another command, and may well outlive it.
+    """
     pid = os.getpid()
     while True:
         try:
-            fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-            parent = int(fields[1])
-            if "ansible-playbook" not in Path(f"/proc/{parent}/cmdline").read_text():
+            parent = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+            if Path(f"/proc/{parent}/cmdline").read_bytes() != Path(f"/proc/{pid}/cmdline").read_bytes():
                 return pid
         except (OSError, ValueError):
             return pid

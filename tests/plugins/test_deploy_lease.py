@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -155,3 +156,18 @@ def test_the_probe_gives_up(answer: tuple[int, str], said: str) -> None:
 
 def test_an_answer_that_alternates_never_passes() -> None:
     assert watch([(200, "new"), (500, "new")] * 200)[0] == 0
+
+
+def test_the_process_of_a_lock_is_the_playbooks_and_not_that_of_the_script_which_runs_it(tmp_path: Path) -> None:
+    """The script may try again, and has to find the lock of its first try free."""
+    program = tmp_path / "ansible-playbook"
+    program.write_text(
+        "import os, sys; sys.path[:0] = [sys.argv[1]]; import controller\n"
+        "print(os.getpid(), flush=True)\n"
+        "if os.fork() == 0: print(controller.playbook_process(), flush=True); os._exit(0)\n"
+        "os.wait()\n"
+    )
+    command = f"{sys.executable} {program} {Path(controller.__file__).parent} || exit; exit"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True)
+    main, found = done.stdout.split()
+    assert found == main
