@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +37,27 @@ def backup_table(report: Mapping[str, Any], now: float) -> str:
     return "\n".join(lines)
 
 
+def backup_tried(hostvars: Mapping[str, Mapping[str, Any]], hosts: Sequence[str], name: str) -> list[str]:
+    """Return those of *hosts* on which the step that registered *name* was tried, whatever came of it."""
+    found = {host: hostvars[host].get(name) for host in hosts}
+    return [host for host, result in found.items() if result and not result.get("skipped")]
+
+
+def backup_stuck(hostvars: Mapping[str, Mapping[str, Any]], targets: Sequence[str]) -> list[str]:
+    """Return those of *targets* whose store was replaced, as far as is known, and could not be put back."""
+    undone = {host: hostvars[host].get("__backup_undone") or {} for host in targets}
+    touched = backup_tried(hostvars, targets, "__backup_replaced")
+    return [host for host in touched if undone[host].get("unreachable") or undone[host].get("failed")]
+
+
 class FilterModule:
     """Names the filters."""
 
     def filters(self) -> dict[str, Any]:
         """Return name → filter."""
         return {
+            "backup_stuck": backup_stuck,
             "backup_table": backup_table,
+            "backup_tried": backup_tried,
             "backup_problems": lambda report, now: backup_core.problems(report, now),
         }

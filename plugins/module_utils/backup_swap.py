@@ -34,6 +34,10 @@ class Store(NamedTuple):
         """Where what was replaced is kept."""
         return self.directory / f"before-{ticket}"
 
+    def aside(self, ticket: str) -> Path:
+        """Where a restored store is kept that served and was taken out again."""
+        return self.directory / f"undone-{ticket}"
+
 
 def sqlite(directory: Path = Path("/var/lib/atlas"), user: str = "atlas") -> Store:
     """The store of the service on SQLite."""
@@ -84,24 +88,33 @@ class Swap:
             (store.incoming / came).rename(store.directory / name)
         sync_directory(store.directory)
 
-    def undo(self) -> bool:
-        """Put back what was replaced; whether there was anything to undo."""
+    def undo(self, served: bool) -> Path | None:
+        """Put back what was replaced. What is taken out is kept if it may have *served*; returns where, or None.
+
+        Documents that were taken in meanwhile are nowhere else. Only the newest of such copies stays.
+        """
         ticket = self.unfinished()
         if ticket is None:
-            return False
-        store, safety = self.store, self.store.safety(ticket)
+            return None
+        store, safety, aside = self.store, self.store.safety(ticket), self.store.aside(ticket)
+        for path in store.directory.glob("undone-*"):
+            if path != aside:
+                _remove(path)
         had = read_json(self.state / "swap.json").get("had", [])
         for name in store.files:
+            if not (safety / name).exists() and name in had:
+                continue  # it was not replaced, or is back already
+            if served and (store.directory / name).exists():
+                aside.mkdir(mode=0o700, exist_ok=True)
+                (store.directory / name).rename(aside / name)
+            _remove(store.directory / name)
             if (safety / name).exists():
-                _remove(store.directory / name)
                 (safety / name).rename(store.directory / name)
-            elif name not in had:
-                _remove(store.directory / name)
         if safety.is_dir():
             safety.rmdir()
         sync_directory(store.directory)
         (self.state / "swap.json").unlink(missing_ok=True)
-        return True
+        return aside if aside.exists() else None
 
     def finish(self) -> None:
         """Accept the exchange. Only the newest copy of what was replaced is kept."""

@@ -11,7 +11,7 @@ description:
   - V(stopped) stops the services of every slot and remembers which ran; V(started) starts those and waits at the health
     gate.
   - V(replaced) keeps the store in use beside itself and puts the delivery in its place; V(undone) returns to what was
-    kept; V(finished) accepts.
+    kept; V(finished) accepts. What an earlier run left unfinished is undone before V(opened).
 options:
   state:
     description: What to bring about.
@@ -35,6 +35,10 @@ options:
     description: The name under which this host's workers send heartbeats (setting C(host)); for O(state=started).
     type: str
     default: ""
+  served:
+    description: Whether the services may have been started on what is V(undone); it is then kept beside the store.
+    type: bool
+    default: true
   timeout:
     description: Seconds until services have stopped, or are healthy.
     type: int
@@ -63,6 +67,10 @@ slot:
   description: The slot in service, or null.
   type: str
   returned: for stopped and started
+kept:
+  description: Where a restored store is that had served and was taken out again, or null.
+  type: str
+  returned: for opened and undone
 """
 
 import time
@@ -105,9 +113,9 @@ class Steps:
 
     def opened(self) -> dict[str, Any]:
         """Let the backup host deliver. What a killed restore left is put right first."""
-        self.undone()
+        left = self.undone()
         self._needed().open_door(self.params["ticket"])
-        return {"changed": True}
+        return {"changed": True, "kept": left["kept"]}
 
     def closed(self) -> dict[str, Any]:
         """End that."""
@@ -150,13 +158,13 @@ class Steps:
     def undone(self) -> dict[str, Any]:
         """Put back what was replaced."""
         if self.swap is None or self.swap.unfinished() is None:
-            return {"changed": False}
+            return {"changed": False, "kept": None}
         for slot in SLOTS if self.params["store"] == "sqlite" else ():
             self.host.stop(slot, self.params["timeout"])
         self._database("stop")
-        changed = self.swap.undo()
+        kept = self.swap.undo(self.params["served"])
         self._database("start")
-        return {"changed": changed}
+        return {"changed": True, "kept": str(kept) if kept else None}
 
     def finished(self) -> dict[str, Any]:
         """Accept the exchange, and note it."""
@@ -183,6 +191,7 @@ def main() -> None:
             "store": {"type": "str", "choices": ["sqlite", "postgresql", "none"], "required": True},
             "version": {"type": "str", "default": ""},
             "host": {"type": "str", "default": ""},
+            "served": {"type": "bool", "default": True},
             "timeout": {"type": "int", "default": 120},
         },
         supports_check_mode=True,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import json
 from pathlib import Path
+from typing import Any
 
 import backup_restore
 import pytest
@@ -13,6 +14,7 @@ from ansible.module_utils.atlas_host import Done, Host, HostError
 from ansible.module_utils.backup_core import BackupError
 from ansible.module_utils.backup_swap import Swap
 from ansible.module_utils.backup_tar import receive
+from backup import backup_stuck
 
 
 @pytest.fixture
@@ -52,10 +54,45 @@ def test_undo_returns_everything(swap: Swap) -> None:
     deliver(swap, "t1")
     swap.replace("t1")
     (swap.store.directory / "atlas.db-shm").write_text("of the new one")
-    assert swap.undo() is True
+    assert swap.undo(served=False) is None
     assert content(swap) == {"atlas.db": "old", "atlas.db-wal": "old wal"}
-    assert not swap.store.safety("t1").exists()
-    assert swap.undo() is False
+    assert [path.name for path in swap.store.directory.iterdir() if path.is_dir()] == ["restore-incoming"]
+    assert swap.unfinished() is None and swap.undo(served=True) is None
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_what_a_store_took_in_that_is_taken_out_again_is_kept(
+    swap: Swap, killed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A host that was well served it until another was not, or until a run that was killed was put right."""
+    for ticket in ("t1", "t2"):
+        deliver(swap, ticket)
+        swap.replace(ticket)
+        (swap.store.directory / "atlas.db-wal").write_text(f"documents of {ticket}")
+        if killed:
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr(backup_swap, "_remove", killer(backup_swap._remove, 2 if ticket == "t2" else 1))
+                swap.undo(served=True)
+        kept = swap.undo(served=True)
+        assert kept and {path.name: path.read_text() for path in kept.iterdir()} == {
+            "atlas.db": "new", "atlas.db-wal": f"documents of {ticket}",
+        }  # fmt: skip
+        assert content(swap) == {"atlas.db": "old", "atlas.db-wal": "old wal"}
+        assert list(swap.store.directory.glob("undone-*")) == [kept] and not list(swap.store.directory.glob("before-*"))
+        swap.close_door()
+
+
+def killer(work: Any, point: int) -> Any:
+    """Return *work*, which is killed instead at its call number *point*."""
+    left = [point]
+
+    def killed(*given: Any) -> Any:
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        return work(*given)
+
+    return killed
 
 
 @pytest.mark.parametrize("moved", [0, 1, 2])
@@ -66,7 +103,8 @@ def test_undo_after_a_kill_between_two_renames(swap: Swap, moved: int) -> None:
     swap.store.safety("t1").mkdir()
     for name in had[:moved]:
         (swap.store.directory / name).rename(swap.store.safety("t1") / name)
-    assert swap.undo() is True
+    swap.undo(served=True)
+    assert swap.unfinished() is None
     assert content(swap) == {"atlas.db": "old", "atlas.db-wal": "old wal"}
 
 
@@ -76,7 +114,7 @@ def test_undo_on_a_host_that_had_no_store(swap: Swap) -> None:
     deliver(swap, "t1")
     swap.replace("t1")
     assert content(swap) == {"atlas.db": "new"}
-    swap.undo()
+    swap.undo(served=False)
     assert content(swap) == {}
 
 
@@ -96,7 +134,19 @@ def test_root_gives_away_nothing_that_a_link_in_the_delivery_points_at(swap: Swa
     with pytest.raises(HostError, match="is a link"):
         swap.replace("t1")
     assert (tmp_path / "shadow").stat().st_mode & 0o777 == 0o640
-    assert swap.undo() is True and content(swap) == {"atlas.db": "old", "atlas.db-wal": "old wal"}
+    swap.undo(served=False)
+    assert content(swap) == {"atlas.db": "old", "atlas.db-wal": "old wal"}
+
+
+@pytest.mark.parametrize("how", ["failed", "unreachable"])
+def test_a_store_that_could_not_be_put_back_is_named(how: str) -> None:
+    replaced: dict[str, Any] = {"changed": True}
+    hosts = {"db1": {"__backup_replaced": replaced, "__backup_undone": {how: True}}, "db2": {}}
+    assert backup_stuck(hosts, ["db1", "db2"]) == ["db1"]
+    hosts["db1"]["__backup_replaced"] = {"skipped": True}
+    assert backup_stuck(hosts, ["db1", "db2"]) == [], "nothing had been replaced there"
+    hosts["db1"] = {"__backup_replaced": {how: True}, "__backup_undone": {"results": [{"changed": True}]}}
+    assert backup_stuck(hosts, ["db1"]) == []
 
 
 def test_no_store_is_replaced_under_services_that_somebody_started(swap: Swap, monkeypatch: pytest.MonkeyPatch) -> None:
