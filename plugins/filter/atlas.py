@@ -53,6 +53,11 @@ def slot_connections(settings: Mapping[str, Any], api_workers: int = 1) -> int:
     return api + int(settings.get("core_concurrency", 4)) + 14
 
 
+def key_fingerprint(key: str) -> str:
+    """Return the name of a Fernet *key* in journals (``rotation.fingerprint``), which says nothing about it."""
+    return hashlib.sha256(b"atlas-key:" + key.encode()).hexdigest()[:12]
+
+
 def login_roles(names: Iterable[str], logins: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return the roles *names* of PostgreSQL, each with the password that *logins* (name, password) give it, if they do.
 
@@ -68,6 +73,7 @@ class FilterModule:
     def filters(self) -> dict[str, Any]:
         """Return the filters by name."""
         return {
+            "key_fingerprint": key_fingerprint,
             "token_credentials": token_credentials,
             "slot_connections": slot_connections,
             "login_roles": login_roles,

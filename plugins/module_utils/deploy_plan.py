@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ansible.module_utils import deploy_hooks, freeze
+from ansible.module_utils import deploy_hooks, freeze, rotation
 
 SUPPORTED_DEBIAN = ("12", "13")
 MODES = {
@@ -77,6 +77,7 @@ def plan(
         *_hosts(facts, options, fleet),
         *_edges(facts, fleet, leases, replaces, options, cleanup),
         *_clocks(facts, options, now),
+        *_keyring(facts, options),
         *deploy_hooks.findings(options["hooks"]),
     ]
     if options.get("rollback"):
@@ -488,6 +489,19 @@ def _options(options: Options) -> list[str]:
             "by its timeouts: the lock would be lost in the middle of it. Raise deploy_lease_seconds."
         )
     return found
+
+
+def _keyring(facts: Facts, options: Options) -> list[str]:
+    """Refuse a vault file from before a rotation: it would bring back what was retired, and could not read what came since."""
+    journals = {host: facts[host].get("rotations", []) for host in options["hosts"] if answered(facts, host)}
+    entry = rotation.missing_key(journals, options["known_keys"]) if options.get("known_keys") else None
+    if entry is None:
+        return []
+    return [
+        f"The vault file here is older than what is in service: it lacks the key {entry.get('new')}, which {entry.get('by', 'somebody')} "
+        f"brought in on {entry['at']} (rotation fernet). Get the newest one, from git or from who rotated. If that key was retired by "
+        "hand, it belongs in vault_atlas_fernet_escrow."
+    ]
 
 
 def _reachable(facts: Facts, options: Options, fleet: Fleet) -> list[str]:

@@ -86,6 +86,18 @@ def under_way(state: State) -> bool:
     return bool(state.get("step")) and state.get("step") != DONE
 
 
+def missing_key(journals: Mapping[str, Sequence[Mapping[str, Any]]], known: Sequence[str]) -> Mapping[str, Any] | None:
+    """Return the entry by which a key came into service last, if that key is not in *known*: fingerprints of keyring and escrow."""
+    entries = [
+        entry
+        for journal in journals.values()
+        for entry in journal
+        if entry.get("event") == EVENT and entry.get("kind") == "fernet" and entry.get("step") != "begun"
+    ]
+    last = max(entries, key=lambda entry: int(entry.get("order", 0)), default=None)
+    return None if last is None or last.get("new") in known else last
+
+
 # The Fernet keyring
 
 

@@ -692,6 +692,24 @@ def test_status_names_a_release_that_is_not_the_pinned_one() -> None:
         assert [line for line in state["app"]["app1"]["drift"] if "pins" in line] == drift
 
 
+def test_a_vault_file_from_before_a_rotation_deploys_nothing() -> None:
+    """It would bring back what was retired, and leave unreadable what is under the new key."""
+    entry = {"event": "rotation", "kind": "fernet", "by": "alex@desk", "at": "1970-01-12T00:00:00Z"}
+    rotations = [
+        {**entry, "step": "finished", "new": "newest", "order": 2},
+        {**entry, "step": "begun", "new": "not yet anywhere", "order": 3},
+    ]
+    facts = settled(app1=app(rotations=rotations), app2=app(rotations=rotations[:1]))
+
+    def refused(**other: Any) -> list[str]:
+        return [text for text in decide(facts, **other)["findings"] if "vault file" in text]
+
+    (told,) = refused(known_keys=["retired"])
+    assert "lacks the key newest, which alex@desk brought in" in told and "git" in told
+    assert refused(known_keys=["newest"]) == refused(known_keys=["newer", "newest"]) == refused() == []
+    assert len(refused(known_keys=["retired"], rollback={"deployment": ""})) == 1
+
+
 def test_status_names_what_is_half_rotated_or_overdue() -> None:
     begun = {"event": "rotation", "kind": "fernet", "step": "added", "at": "1970-01-12T00:00:00Z", "order": 1}
     facts = {"app1": app(rotations=[begun], first_entry="1970-01-01T00:00:00Z"), "app2": {"unreachable": True}}

@@ -40,7 +40,7 @@ def _filters() -> Any:
     return module
 
 
-token_credentials = _filters().token_credentials
+token_credentials, key_fingerprint = _filters().token_credentials, _filters().key_fingerprint
 
 
 class Killed(BaseException):
@@ -478,6 +478,11 @@ def test_what_an_environment_has_no_use_for_is_not_rotated() -> None:
         "tls",
     }
     assert rotation.inapplicable({"database": ["db1"], "backup": ["backup1"]}, True) == {}
+
+
+def test_inventories_name_a_key_as_journals_do() -> None:
+    key = random_fernet_key()
+    assert key_fingerprint(key) == fingerprint(key)
 
 
 def test_a_clock_that_is_set_back_hides_no_step() -> None:
