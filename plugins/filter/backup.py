@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ if _UTILITIES not in ansible.module_utils.__path__:
     ansible.module_utils.__path__.append(_UTILITIES)
 
 from ansible.module_utils import backup_core  # noqa: E402
+from ansible.module_utils.controller import controller, is_dead  # noqa: E402
 
 DOCUMENTATION = """
 name: backup_table
@@ -50,12 +53,30 @@ def backup_stuck(hostvars: Mapping[str, Mapping[str, Any]], targets: Sequence[st
     return [host for host in touched if undone[host].get("unreachable") or undone[host].get("failed")]
 
 
+def backup_lock(leases: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return who this controller is for a lock (holder, process), and edge → deploy whose lock it *replaces*: it is certainly dead.
+
+    *leases*: results of reading ``lease.json``, with the edge as item.
+    """
+    found = {str(each["item"]): _lease(each) for each in leases}
+    replaces = {edge: lease["deploy"] for edge, lease in found.items() if is_dead(str(lease.get("process", "")))}
+    return {**controller(), "replaces": replaces}
+
+
+def _lease(slurped: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        return dict(json.loads(base64.b64decode(slurped["content"])))
+    except (KeyError, ValueError, TypeError):
+        return {}
+
+
 class FilterModule:
     """Names the filters."""
 
     def filters(self) -> dict[str, Any]:
         """Return name → filter."""
         return {
+            "backup_lock": backup_lock,
             "backup_stuck": backup_stuck,
             "backup_table": backup_table,
             "backup_tried": backup_tried,

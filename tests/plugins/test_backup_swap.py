@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import getpass
 import json
 from pathlib import Path
@@ -14,7 +15,8 @@ from ansible.module_utils.atlas_host import Done, Host, HostError
 from ansible.module_utils.backup_core import BackupError
 from ansible.module_utils.backup_swap import Swap
 from ansible.module_utils.backup_tar import receive
-from backup import backup_stuck
+from ansible.module_utils.controller import controller
+from backup import backup_lock, backup_stuck
 
 
 @pytest.fixture
@@ -162,6 +164,24 @@ def test_no_store_is_replaced_under_services_that_somebody_started(swap: Swap, m
     monkeypatch.setattr(host, "active", lambda slot: [])
     steps.replaced()
     assert content(swap) == {"atlas.db": "new"}
+
+
+def test_a_lock_is_taken_over_only_from_who_is_certainly_gone() -> None:
+    mine = controller()
+    *machine, _, started = mine["process"].split()
+
+    def slurped(edge: str, process: str) -> dict[str, Any]:
+        lease = json.dumps({"deploy": f"of {edge}", "process": process})
+        return {"item": edge, "content": base64.b64encode(lease.encode()).decode()}
+
+    leases = [
+        slurped("edge1", mine["process"]),
+        slurped("edge2", " ".join([*machine, "999999999", started])),
+        slurped("edge3", "elsewhere boot space 1 1"),
+        {"item": "edge4", "msg": "file not found"},
+    ]
+    lock = backup_lock(leases)
+    assert lock["replaces"] == {"edge2": "of edge2"} and lock["holder"] == mine["holder"]
 
 
 # The agent
