@@ -48,9 +48,13 @@ def backup_tried(hostvars: Mapping[str, Mapping[str, Any]], hosts: Sequence[str]
 
 def backup_stuck(hostvars: Mapping[str, Mapping[str, Any]], targets: Sequence[str]) -> list[str]:
     """Return those of *targets* whose store was replaced, as far as is known, and could not be put back."""
-    undone = {host: hostvars[host].get("__backup_undone") or {} for host in targets}
-    touched = backup_tried(hostvars, targets, "__backup_replaced")
-    return [host for host in touched if undone[host].get("unreachable") or undone[host].get("failed")]
+    return backup_failed(hostvars, backup_tried(hostvars, targets, "__backup_replaced"), "__backup_undone")
+
+
+def backup_failed(hostvars: Mapping[str, Mapping[str, Any]], hosts: Sequence[str], name: str) -> list[str]:
+    """Return those of *hosts* on which the step that registered *name* failed, or that did not answer it."""
+    found = {host: hostvars[host].get(name) or {} for host in hosts}
+    return [host for host, result in found.items() if result.get("unreachable") or result.get("failed")]
 
 
 def backup_lock(leases: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -76,6 +80,7 @@ class FilterModule:
     def filters(self) -> dict[str, Any]:
         """Return name → filter."""
         return {
+            "backup_failed": backup_failed,
             "backup_lock": backup_lock,
             "backup_stuck": backup_stuck,
             "backup_table": backup_table,
