@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,11 +15,11 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from conftest import Clock, Cluster, open_database
 from pysqlite3 import dbapi2 as sqlite
-from sqlalchemy import insert, text
+from sqlalchemy import Select, insert, select, text
 from sqlalchemy.exc import DBAPIError
 
 from atlas import admission, migrations, presence
-from atlas.db import Database, rfc3339
+from atlas.db import Database, rfc3339, total
 from atlas.schema import deployments, job_events, metadata, schema_revisions
 from atlas.settings import Identity, Settings, TokenLimits, TokenSpec
 from atlas.tokens import Tokens
@@ -50,6 +52,18 @@ def test_a_failed_block_is_rolled_back(database: Database) -> None:
         connection.execute(insert(deployments).values(id=1, changed_at=0))
         raise RuntimeError
     assert admission.admissions(database) == []
+
+
+def test_counting_a_list_leaves_nothing_behind(database: Database) -> None:
+    def count() -> weakref.ref[Select[tuple[int]]]:
+        matching = select(deployments.c.id)
+        with database.read() as connection:
+            assert total(connection, matching) == 0
+        return weakref.ref(matching)
+
+    asked = count()
+    gc.collect()
+    assert asked() is None
 
 
 def test_the_clock_is_that_of_the_database(database_url: str) -> None:

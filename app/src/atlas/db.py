@@ -275,13 +275,13 @@ class Database:
 _POSTGRESQL = postgresql_dialect.dialect()  # type: ignore[no-untyped-call]
 
 
-@functools.cache
 def total(connection: Connection, matching: Select[Any]) -> int:
     """How many rows match, as the lists of the API say it: counting stops at TOTAL_MOST, however many there are."""
     counted = matching.limit(TOTAL_MOST).subquery()
     return int(connection.scalar(select(func.count()).select_from(counted)) or 0)
 
 
+@functools.cache
 def _insert_statement(dialect: str, table: Table, names: tuple[str, ...], ending: str) -> str:
     values = [f"r.value ->> {position}" for position in range(len(names))]
     source = "json_each(?) AS r"
