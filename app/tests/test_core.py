@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import queue as queues
 import select
 import signal
 import threading
@@ -16,6 +18,7 @@ from typing import Any
 
 import pytest
 from conftest import open_database, wait_for
+from cryptography.fernet import Fernet
 from running import Deployment, children, free_port, origin, send
 from sqlalchemy import select as query
 from sqlalchemy import update
@@ -244,6 +247,46 @@ def test_results_survive_a_store_that_is_away(running: Callable[..., Running], m
     core.wait(document, "processed")
     shown = core.documents.get(document)
     assert shown is not None and shown.applied == 1 and len(core.errors) == 3
+
+
+def test_a_store_that_goes_away_among_unreadable_fields_holds_up_nothing(
+    running: Callable[..., Running], store: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core = running()
+    elsewhere = Documents(store, core.queue, Keyring([Fernet.generate_key().decode()]), make_settings())
+    real, calls = core.documents.work, itertools.count(1)
+
+    def work(ids: Any) -> Any:
+        if next(calls) == 2:
+            raise OperationalError("work", {}, Exception("away"))
+        return real(ids)
+
+    monkeypatch.setattr(core.documents, "work", work)
+    sensitive = Submission(content="Locked.", content_type="text/plain", sensitive={"notes": "n"})
+    core.wait(elsewhere.submit(sensitive).id, "dead")
+    assert len(core.errors) == 1
+
+
+def test_a_worker_may_take_the_last_job_while_the_core_stops(
+    running: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core = running()
+
+    class Raced(queues.SimpleQueue[Any]):
+        """Whoever asks whether there is something is too late to get it."""
+
+        def empty(self) -> bool:
+            return False
+
+    core.halted.set()
+    core.wake()
+    core.thread.join()
+    # The workers wait at the queue they know; what is put into this one is taken by nobody.
+    monkeypatch.setattr(core.core, "_todo", Raced())
+    stopping = threading.Thread(target=core.core.stop, args=(time.sleep, 0.5), daemon=True)
+    stopping.start()
+    stopping.join(10)
+    assert not stopping.is_alive()
 
 
 def test_a_result_that_cannot_be_stored_does_not_hold_up_the_others(

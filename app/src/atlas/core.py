@@ -10,6 +10,7 @@ import queue as queues
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import structlog
 from sqlalchemy import Connection
@@ -157,7 +158,14 @@ class Core:
         claimed = self._queue.claim(places)
         # Held before anything can fail, so that the leases are renewed and given back.
         self._held.update({_key(job): job for job in claimed})
-        work = self._read_work(claimed)
+        try:
+            work = self._read_work(claimed)
+        except SQLAlchemyError:
+            # Nobody works on them: their leases would be renewed for ever.
+            for job in claimed:
+                self._held.pop(_key(job), None)
+            self._queue.release(claimed)
+            raise
         for job in claimed:
             if _key(job) in self._held:
                 self._todo.put((job, work.get(job.document_id or "")))
@@ -175,11 +183,6 @@ class Core:
                     self._held.pop(_key(job))
                     self._queue.fail(job, "internal", str(error))
             return found
-        except SQLAlchemyError:
-            for job in claimed:
-                self._held.pop(_key(job))
-            self._queue.release(claimed)
-            raise
 
     def _work(self) -> None:
         while (item := self._todo.get()) is not None:
@@ -248,9 +251,10 @@ class Core:
         deadline = time.monotonic() + seconds
         self._ear.close()
         unbegun: list[Job] = []
-        while not self._todo.empty():
-            item = self._todo.get()
-            unbegun += [item[0]] if item else []
+        with suppress(queues.Empty):
+            # Never waits: a worker may take the last one at the same moment.
+            while item := self._todo.get_nowait():
+                unbegun.append(item[0])
         for _ in self._threads:
             self._todo.put(None)
         while time.monotonic() < deadline:
