@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from typing import Any
 
@@ -418,6 +418,25 @@ def test_retention_removes_what_has_ended(documents: Documents, clock: Clock) ->
     assert documents.clean() == {"jobs": 1, "documents": 0, "idempotency_keys": 0}
     shown = documents.get(kept.id)
     assert shown is not None and (shown.status, shown.job_id, shown.applied) == ("processed", None, 1)
+
+
+def test_retention_leaves_what_is_requeued_at_the_same_moment(documents: Documents, clock: Clock) -> None:
+    admission.admit(documents.database, 1)
+    dead = documents.submit(Submission(url="http://h/missing"))
+    (job,) = documents.queue.claim()
+    documents.queue.fail(job, "not_found", "404")
+    clock.advance(169 * 3600)
+    with ThreadPoolExecutor(1) as pool:
+
+        def clean_meanwhile(*_: object) -> None:
+            cleaning.append(pool.submit(documents.clean))
+            wait({cleaning[0]}, 0.5)
+
+        cleaning: list[Future[dict[str, int]]] = []
+        assert documents.queue.requeue(Which(ids=[job.id]), clean_meanwhile) == [job.id]
+        assert cleaning[0].result(60)["jobs"] == 0
+    shown = documents.get(dead.id)
+    assert shown is not None and shown.status == "queued"
 
 
 def test_ids_sort_by_time() -> None:

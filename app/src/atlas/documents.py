@@ -505,7 +505,9 @@ class Documents:
                 in_state("dead") & (jobs.c.finished_at < dead_before),
                 in_state("done") & (jobs.c.finished_at < done_before),
             )
-            old = connection.scalars(select(jobs.c.id).where(ended).limit(limit)).all()
+            # Locked: what is requeued at this moment has not ended.
+            over = select(jobs.c.id).where(ended).limit(limit).with_for_update(skip_locked=True)
+            old = connection.scalars(over).all()
             forgotten = now - int(self.settings.idempotency_retention_hours * 3_600_000)
             pairs = select(idempotency_keys.c.token, idempotency_keys.c.key)
             keys = pairs.where(idempotency_keys.c.created_at < forgotten).limit(limit)
