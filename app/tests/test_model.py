@@ -257,7 +257,7 @@ class QueueMachine(RuleBasedStateMachine):
                 assert state is None
                 continue
             model, retry = self.jobs[job.id], RETRIES[error_class]
-            if retry_after is not None and self.clock.now - model.created_at < 86_400_000:
+            if retry_after and self.clock.now - model.created_at < 86_400_000:
                 model.attempts -= 1
                 wait = retry_after
             else:

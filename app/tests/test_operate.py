@@ -156,11 +156,11 @@ def test_dead_letters_are_discarded_with_their_documents(client: FlaskClient, ap
 
 def test_a_breaker_is_listed_and_reset(client: FlaskClient, app: Flask, letters: list[int]) -> None:
     shared = app.extensions["atlas"]
-    queue = Queue(store_of(app), "worker", 7, limits=shared.queue.limits, random_delay=lambda _: 0)
+    queue = Queue(store_of(app), "worker", 7, limits=shared.queue.limits, attempts=99, random_delay=lambda _: 0)
     client.post("/v1/documents", json={"url": "http://c.test/"})
     for _ in range(shared.queue.limits.failures):
         (job,) = (job for job in queue.claim(9) if job.host == "c.test")
-        queue.fail(job, "network", "refused", retry_after=0)
+        queue.fail(job, "network", "refused")
     breaker = client.get("/v1/breakers?state=open", headers=READER).get_json()
     assert [(host["name"], host["state"], host["error"]) for host in breaker["items"]] == [
         ("c.test", "open", "network")
@@ -180,9 +180,10 @@ def host_state(app: Flask) -> str | None:
 
 def test_a_deleted_document_leaves_nothing_behind(client: FlaskClient, app: Flask) -> None:
     queue, shared = as_worker(app), app.extensions["atlas"]
+    queue.retry_cap_seconds = 0
 
     def fail(job: Job) -> None:
-        assert queue.fail(job, "network", "cannot reach sesame", retry_after=0) == "ready"
+        assert queue.fail(job, "network", "cannot reach sesame") == "ready"
 
     kept = client.post("/v1/documents", json=TEXT | {"content": "kept"}).get_json()
     gone = client.post("/v1/documents", json=TEXT | {"content": "open sesame", "title": "sesame"}).get_json()

@@ -205,6 +205,18 @@ def test_retry_after_spends_no_attempt_for_a_day(queue: Queue, clock: Clock) -> 
     assert attempts == 5
 
 
+def test_a_retry_after_of_nothing_spends_attempts(queue: Queue, clock: Clock) -> None:
+    add(queue, NewJob())
+    attempts = 0
+    while batch := queue.claim():
+        attempts += 1
+        assert attempts <= 5
+        queue.fail(batch[0], "rate_limited", "slow down", retry_after=0)
+        assert queue.claim() == []
+        clock.advance(301)
+    assert attempts == 5
+
+
 def test_release_spends_no_attempt(queue: Queue) -> None:
     add(queue, NewJob())
     first = queue.claim()

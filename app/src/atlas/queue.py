@@ -514,9 +514,10 @@ class Queue:
         """A row of _ENDS."""
         job, retry = failure.job, self.retries.get(failure.error_class, Retry())
         spent = job.attempts
-        if failure.retry_after is not None and now - job.created_at < DAY_MS:
+        # A pause of nothing is none: who asks for it would be asked again and again, all day.
+        if failure.retry_after and now - job.created_at < DAY_MS:
             spent -= 1
-            delay = min(max(failure.retry_after, 0), DAY_MS / 1000)
+            delay = min(failure.retry_after, DAY_MS / 1000)
         else:
             base = retry.base_seconds or self.retry_base_seconds
             delay = self._random_delay(min(self.retry_cap_seconds, base * 2 ** (job.attempts - 1)))
