@@ -122,6 +122,37 @@ def test_new_entries_become_documents_once(running: Callable[..., Running]) -> N
         assert connection.scalar(select(func.count()).where(jobs.c.kind == "feed")) == 1, "one job for a feed"
 
 
+def test_an_etag_that_cannot_be_sent_back_is_not(running: Callable[..., Running]) -> None:
+    core, asked = running(), []
+
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        asked.append(handler.headers["If-None-Match"])
+        send(handler, b"<rss version='2.0'><channel><title>T</title></channel></rss>", ETag='"caf\xe9"')
+
+    feeds = Feeds(core.documents)
+    with origin(answer) as url:
+        feed_id = subscribe(feeds, f"{url}/feed")
+        for _ in range(2):
+            assert poll(feeds, core, feed_id)["job_state"] == "done"
+    assert asked == [None, None]
+
+
+def test_no_entry_and_no_title_keeps_the_others_out(feeds: Feeds, queue: Queue, clock: Clock, admitted: None) -> None:
+    feed_id = subscribe(feeds, "http://a.test/feed", interval_seconds=600)
+    feeds.poll()
+    (job,) = queue.claim()
+    # As an address it fits, and no longer once it is written in the only way that may be sent.
+    far = Entry("far", "http://a.test/" + "\u4e2d" * 1000, "Far", "")
+    polled = Polled(feed_id, "A\0B", '"e"', None, [far, Entry("near", "http://a.test/near", "Near", "")])
+    assert queue.finish([Result(job, polled)], feeds.store) == set()
+    found = shown(feeds, feed_id)
+    assert (found["title"], found["error"]) == ("A\ufffdB", None)
+    assert [page.title for page in feeds._documents.list().items] == ["Near"]
+    clock.advance(300)
+    feeds.poll()
+    assert queue.stats().total("ready") == 1, "it is not polled before its time"
+
+
 def test_an_entry_without_a_page_is_kept_as_what_it_says(running: Callable[..., Running]) -> None:
     core, site = running(), Site()
     feeds = Feeds(core.documents)

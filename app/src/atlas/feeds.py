@@ -15,7 +15,7 @@ from sqlalchemy import Connection, case, delete, func, select, update
 
 from atlas import counts
 from atlas.db import rfc3339, total
-from atlas.documents import Documents, InvalidDocument, Submission, checked_url, new_id
+from atlas.documents import Documents, InvalidDocument, QueueFull, Submission, checked_url, new_id
 from atlas.extract import Entry
 from atlas.queue import NewJob, Result, clean
 from atlas.schema import PRIORITIES, feeds, jobs
@@ -170,9 +170,10 @@ class Feeds:
                 new = {entry.key: self._submission(feed, entry) for entry in polled.entries if entry.key not in seen}
                 wanted = {key: submission for key, submission in new.items() if submission is not None}
                 outcomes = zip(wanted, self._documents.add(connection, list(wanted.values())), strict=True)
-                refused = {key: outcome for key, outcome in outcomes if isinstance(outcome, Exception)}
+                # Only the queue may have room later; what cannot be taken in is passed over for good.
+                refused = {key: outcome for key, outcome in outcomes if isinstance(outcome, QueueFull)}
                 values |= {"seen": [entry.key for entry in polled.entries if entry.key not in refused]}
-                values |= {"title": feed.title or polled.title}
+                values |= {"title": feed.title or (polled.title and clean(polled.title))}
                 if refused:
                     # Asked without the ETag, the feed will say again what had no place.
                     values |= {

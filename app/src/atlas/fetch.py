@@ -80,7 +80,8 @@ class Fetcher:
         are those of the version that the caller knows.
         """
         known = {"If-None-Match": etag, "If-Modified-Since": last_modified}
-        headers = {name: value for name, value in known.items() if value is not None}
+        # Some servers give an ETag that no header may bring back.
+        headers = {name: value for name, value in known.items() if value is not None and value.isascii()}
         deadline = time.monotonic() + self._timeout
         transport = _Transport(_Gate(self._allow, deadline))
         try:
