@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Clock
+from conftest import Clock, open_database, wait_for
 from flask import Flask
 from flask.testing import FlaskClient
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
+from running import Deployment
 from sqlalchemy import func, insert, select, text, update
 from test_api import TEXT, app, client
 from test_core import Running, running, store
@@ -179,6 +180,21 @@ def test_what_a_killed_process_left_behind_is_replaced(core: Running, store: Dat
     assert probe._taken is None
     run(probe, core)
     assert probe.up is True and left(store) == [0, 0, 0]
+
+
+def test_a_slot_that_stops_takes_its_probe_along(tmp_path: Path) -> None:
+    deployment = Deployment(tmp_path)
+    deployment.prepare()
+    database = open_database(deployment.settings["database_url"])
+    try:
+        process, _, _ = deployment.start_ready("monitoring")
+        wait_for(lambda: left(database)[0] == 1, 20, "a probe waits for a core that does not run")
+        process.terminate()
+        assert process.wait(60) == 0
+        assert left(database) == [0, 0, 0]
+    finally:
+        database.close()
+        deployment.close()
 
 
 @pytest.mark.parametrize("fault", ["slow", "dead", "unfound", "full"])

@@ -24,7 +24,7 @@ from atlas.crypto import Keyring
 from atlas.documents import Documents, Submission, Submitted
 from atlas.keys import progress
 from atlas.queue import QueueStats, in_state, remove_documents
-from atlas.runtime import Runtime, open_queue, service_port
+from atlas.runtime import Runtime, one_line, open_queue, service_port
 from atlas.schema import PRIORITIES, documents, feeds, job_events, jobs
 from atlas.services import LEASE
 from atlas.settings import SettingsError
@@ -91,9 +91,14 @@ class Probe:
             return
         else:
             self._fail(job["error"] or f"it took more than {PROBE_LIMIT_SECONDS:.0f} s" if job else "it is gone")
-        with self._documents.database.write() as connection:
-            remove_documents(connection, documents.c.id == taken.id)
-        self._taken = None
+        self.withdraw()
+
+    def withdraw(self) -> None:
+        """Remove the document that is on its way, if there is one."""
+        if self._taken is not None:
+            with self._documents.database.write() as connection:
+                remove_documents(connection, documents.c.id == self._taken.id)
+            self._taken = None
 
     def _fail(self, reason: str) -> None:
         self.up = False
@@ -272,6 +277,11 @@ def run() -> None:
 
     if runtime.connect():
         runtime.loop(step)
+        try:
+            # Nobody else may work on it, or look for it, before this slot is started again.
+            probe.withdraw()
+        except (SQLAlchemyError, OSError) as error:
+            log.warning("the probe is left behind", reason=one_line(error))
     server.shutdown()
     server.server_close()
     runtime.close()
