@@ -23,7 +23,7 @@ from atlas.cli import cli
 from atlas.db import Database
 from atlas.documents import Documents
 from atlas.extract import Entry
-from atlas.feeds import Feeds, Polled
+from atlas.feeds import Feeds, Polled, tally
 from atlas.queue import Queue, Result
 from atlas.schema import documents as documents_table
 from atlas.schema import feeds as table
@@ -176,6 +176,8 @@ def test_a_failure_is_shown_and_leaves_one_dead_letter(running: Callable[..., Ru
         feed_id = subscribe(feeds, f"{url}/feed", interval_seconds=300)
         found = poll(feeds, core, feed_id)
         assert (found["error_class"], found["error"], found["failures"]) == ("not_found", "the server answered 404", 0)
+        with feeds.database.read() as connection:
+            assert tally(connection, feeds.database.now(connection)) == {"enabled": 1, "overdue": 0, "failing": 1}
         assert found["polled_at"] is None
         assert poll(feeds, core, feed_id)["failures"] == 1 and poll(feeds, core, feed_id)["failures"] == 2
         assert core.queue.stats().total("dead") == 1

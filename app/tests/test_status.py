@@ -256,7 +256,7 @@ def test_breakers_services_and_failures_are_shown(app: Flask, browser_of: FlaskC
     assert f'aria-label="Requeue job {job_id}"' in page and "test1" in page and ">silent<" not in page
     health = app.test_client().get("/health").json
     assert health["breakers"] == {"closed": 0, "open": 1, "half_open": 0} and "slow.test" not in str(health)
-    assert health["feeds"] == {"enabled": 0, "failing": 0} and health["queue"]["dead"] == 1
+    assert health["feeds"] == {"enabled": 0, "overdue": 0, "failing": 0} and health["queue"]["dead"] == 1
 
 
 def test_without_a_store_nobody_is_signed_in(

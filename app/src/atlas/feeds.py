@@ -24,6 +24,7 @@ from atlas.urls import host_of, normalise_url
 BATCH = 100
 POSTPONED_MS = 60_000
 LONGEST_WAIT_SECONDS = 86_400
+GRACE_MS = 60_000
 _PRIORITY_NAMES = {value: name for name, value in PRIORITIES.items()}
 _FEED_JOB = feeds.outerjoin(jobs, jobs.c.id == feeds.c.job_id)
 _SHOWN = [
@@ -55,6 +56,15 @@ class Polled:
     etag: str | None = None
     last_modified: str | None = None
     entries: Sequence[Entry] | None = None
+
+
+def tally(connection: Connection, now: int) -> dict[str, int]:
+    """How many feeds are enabled, and how many of these are overdue by more than a minute, or failing."""
+    overdue = feeds.c.next_at < now - GRACE_MS
+    failing = (feeds.c.failures > 0) | feeds.c.error.is_not(None) | (jobs.c.state == "dead")
+    counted = (func.count(), func.count(case((overdue, 1))), func.count(case((failing, 1))))
+    found = connection.execute(select(*counted).select_from(_FEED_JOB).where(feeds.c.enabled)).one()
+    return dict(zip(("enabled", "overdue", "failing"), found, strict=True))
 
 
 class Feeds:

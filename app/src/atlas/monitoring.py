@@ -15,24 +15,23 @@ import structlog
 from prometheus_client import CollectorRegistry, Metric, start_http_server
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
-from sqlalchemy import case, func, make_url, select, update
+from sqlalchemy import func, make_url, select, update
 from sqlalchemy.exc import SQLAlchemyError
 
-from atlas import admission, breakers, presence
+from atlas import admission, breakers, feeds, presence
 from atlas.backups import BackupMetrics
 from atlas.crypto import Keyring
 from atlas.documents import Documents, Submission, Submitted
 from atlas.keys import progress
 from atlas.queue import QueueStats, in_state, remove_documents
 from atlas.runtime import Runtime, one_line, open_queue, service_port
-from atlas.schema import PRIORITIES, documents, feeds, job_events, jobs
+from atlas.schema import PRIORITIES, documents, job_events, jobs
 from atlas.services import LEASE
 from atlas.settings import SettingsError
 
 SAMPLE_SECONDS = 5.0
 PROBE_SECONDS = 60.0
 PROBE_LIMIT_SECONDS = 60.0
-FEED_GRACE_MS = 60_000
 RECENT_MS = 300_000
 _PRIORITY_NAMES = {value: name for name, value in PRIORITIES.items()}
 
@@ -137,9 +136,6 @@ def take_sample(opened: Documents) -> Sample:
         oldest = {
             state: connection.scalar(select(func.min(at)).where(in_state(state))) or now for state, at in since.items()
         }
-        is_late = feeds.c.enabled & (feeds.c.next_at < now - FEED_GRACE_MS)
-        counts = [func.count(case((wanted, 1))) for wanted in (feeds.c.enabled, is_late, feeds.c.failures > 0)]
-        counted = connection.execute(select(*counts)).one()
         recent = (job_events.c.at > now - RECENT_MS) & (job_events.c.error_class == "lost")
         return Sample(
             stats,
@@ -152,7 +148,7 @@ def take_sample(opened: Documents) -> Sample:
             {"ready": stats.oldest_ready_seconds} | {state: max(0, now - at) / 1000 for state, at in oldest.items()},
             breakers.states(database, connection),
             progress(connection, opened.keyring).rows,
-            dict(zip(("enabled", "overdue", "failing"), counted, strict=True)),
+            feeds.tally(connection, now),
             connection.scalar(select(func.count()).select_from(job_events).where(recent)) or 0,
         )
 
@@ -210,7 +206,9 @@ class Metrics(Collector):
             "atlas_queue_recent_lease_expiries", "Leases that ran out in the last five minutes.", sample.lease_expiries
         )
         yield _labelled("atlas_breakers", "Remote hosts by the state of their breaker.", ["state"], sample.breakers)
-        yield _labelled("atlas_feeds", "Feeds that are enabled, overdue, or failing.", ["condition"], sample.feeds)
+        yield _labelled(
+            "atlas_feeds", "Feeds that are enabled, and of these overdue, or failing.", ["condition"], sample.feeds
+        )
         yield _labelled(
             "atlas_sensitive_fields", "Sensitive fields by the key that encrypted them.", ["key"], sample.keys
         )

@@ -6,16 +6,14 @@ from typing import Any, Literal
 
 from flask import Blueprint, Response, jsonify
 from pydantic import BaseModel, ConfigDict
-from sqlalchemy import Connection, func, select
 from sqlalchemy.exc import SQLAlchemyError
 
-from atlas import admission, backups, breakers, presence
+from atlas import admission, backups, breakers, feeds, presence
 from atlas.api.openapi import describe
 from atlas.api.state import State, state
 from atlas.db import rfc3339
 from atlas.keys import progress
 from atlas.runtime import one_line
-from atlas.schema import feeds
 
 blueprint = Blueprint("health", __name__)
 
@@ -128,18 +126,13 @@ def detail(shared: State) -> dict[str, Any]:
             found["keyring"] |= progress(connection, shared.keyring).as_dict()
             # How many; their names are for those who may read.
             found["breakers"] = breakers.states(shared.database, connection)
-            found["feeds"] = _feeds(connection)
+            found["feeds"] = feeds.tally(connection, shared.database.now(connection))
         found["workers"] = [_worker(service) for service in presence.roster(shared.database)]
         found["admitted"] = [entry.id for entry in admission.admissions(shared.database) if entry.admitted]
     except (SQLAlchemyError, OSError) as error:
         found["status"] = "degraded"
         found["checks"]["database"] = f"does not answer: {one_line(error)}"
     return found
-
-
-def _feeds(connection: Connection) -> dict[str, int]:
-    enabled, failing = connection.execute(select(func.count(), func.count(feeds.c.error)).where(feeds.c.enabled)).one()
-    return {"enabled": enabled, "failing": failing}
 
 
 def _worker(service: presence.Presence) -> dict[str, Any]:
