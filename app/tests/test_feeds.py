@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from atlas.db import Database
 from atlas.documents import Documents
 from atlas.extract import Entry
 from atlas.feeds import Feeds, Polled, tally
-from atlas.queue import Queue, Result
+from atlas.queue import Queue, Result, Which
 from atlas.schema import documents as documents_table
 from atlas.schema import feeds as table
 from atlas.schema import jobs
@@ -245,6 +246,25 @@ def test_a_feed_is_polled_when_it_is_due_by_one_job_at_a_time(
     clock.advance(2)
     feeds.poll()
     assert queue.stats().total("ready") == 1
+
+
+def test_two_leaders_poll_a_feed_once(
+    feeds: Feeds, queue: Queue, admitted: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subscribe(feeds, "http://a.test/feed")
+    with ThreadPoolExecutor(1) as pool:
+        others: list[Future[bool]] = []
+
+        def look(*_: Any) -> int:
+            if not others:
+                others.append(pool.submit(feeds.poll))
+                wait({others[0]}, 0.5)
+            return 0
+
+        monkeypatch.setattr("atlas.feeds.counts.in_state", look)
+        feeds.poll()
+        assert others[0].result(60) is False
+    assert len(queue.find(Which(state="ready"))[0]) == 1
 
 
 def test_a_late_finisher_takes_nothing_in(feeds: Feeds, queue: Queue, clock: Clock, admitted: None) -> None:

@@ -101,9 +101,11 @@ class Feeds:
 
     def remove(self, connection: Connection, feed_id: str) -> bool:
         """End a subscription; its documents stay. Whether there was such a feed."""
-        job_id = connection.scalar(select(feeds.c.job_id).where(feeds.c.id == feed_id))
-        connection.execute(delete(jobs).where(jobs.c.id == job_id, jobs.c.state != "running"))
-        return connection.execute(delete(feeds).where(feeds.c.id == feed_id)).rowcount > 0
+        # The feed first, as `poll` does, or the two could wait for each other.
+        gone = connection.execute(delete(feeds).where(feeds.c.id == feed_id).returning(feeds.c.job_id)).one_or_none()
+        if gone is not None:
+            connection.execute(delete(jobs).where(jobs.c.id == gone.job_id, jobs.c.state != "running"))
+        return gone is not None
 
     def _columns(self, values: Mapping[str, Any]) -> dict[str, Any]:
         columns = dict(values)
@@ -145,6 +147,8 @@ class Feeds:
                 .where(feeds.c.enabled, feeds.c.next_at <= now)
                 .order_by(feeds.c.next_at)
                 .limit(BATCH)
+                # A leader that hung may find that another leads by now.
+                .with_for_update(of=feeds, skip_locked=True)
             ).all()
             if not due or counts.in_state(connection, "ready") >= self._settings.queue_limit:
                 return False
