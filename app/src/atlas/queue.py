@@ -408,6 +408,9 @@ class Queue:
         for name, host in list(known.items()):
             after = replace(host, waiting=host.waiting or name in blocked)
             known[name] = after.asked(now, self.limits) if name in asked else after
+            if name in lanes - asked and len(lanes) == LANES:
+                # Nothing in it was urgent enough: other lanes are looked into first the next time.
+                known[name] = replace(after, next_at=max(after.next_at, now))
             if known[name] == host:
                 del known[name]
         breakers.save(self.database, connection, known.values(), now)
