@@ -24,7 +24,7 @@ from atlas.backups import BackupMetrics
 from atlas.db import Database
 from atlas.documents import Documents, Submission
 from atlas.monitoring import Metrics, Probe, is_vulnerable, take_sample
-from atlas.queue import Queue
+from atlas.queue import Queue, Which
 from atlas.schema import documents as documents_table
 from atlas.schema import feeds, job_events, jobs
 from atlas.settings import Settings
@@ -112,6 +112,20 @@ def test_the_state_of_the_store_is_exposed(
     assert 0 < found["atlas_queue_oldest_seconds state=ready"] <= 61.5
     if database.dialect == "sqlite":
         assert found["atlas_sqlite_wal_bytes"] > 0 and found["atlas_sqlite_vulnerable"] == 0
+
+
+def test_a_requeue_of_lost_jobs_is_no_lease_that_ran_out(
+    documents: Documents, queue: Queue, database: Database, clock: Clock
+) -> None:
+    admission.admit(database, 1)
+    queue.attempts = 1
+    documents.submit(Submission(content="n", content_type="text/plain"))
+    assert queue.claim(1)
+    clock.advance(61)
+    assert queue.reap() == (0, 1)
+    assert take_sample(documents).lease_expiries == 1
+    assert queue.requeue(Which())
+    assert take_sample(documents).lease_expiries == 1
 
 
 def test_promtool_accepts_what_is_exposed(

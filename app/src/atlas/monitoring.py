@@ -136,7 +136,9 @@ def take_sample(opened: Documents) -> Sample:
         oldest = {
             state: connection.scalar(select(func.min(at)).where(in_state(state))) or now for state, at in since.items()
         }
-        recent = (job_events.c.at > now - RECENT_MS) & (job_events.c.error_class == "lost")
+        # A job keeps its error when it is requeued or discarded.
+        expired = job_events.c.event.in_(("lost", "died")) & (job_events.c.error_class == "lost")
+        recent = expired & (job_events.c.at > now - RECENT_MS)
         return Sample(
             stats,
             presence.roster(database),
