@@ -194,7 +194,7 @@ def outcome(processor: Processor, url: str, sensitive: dict[str, Any] | None = N
     """The error class or the text, and how long it took."""
     job = Job(1, 1, "document", "d", None, 1, 0, 1, None, 0, 0, 0)
     began = time.monotonic()
-    ended = processor.process(job, Work("d", url, None, None, None, sensitive or {}))
+    ended = processor.process(job, Work("d", url, None, None, sensitive or {}))
     seconds = time.monotonic() - began
     if isinstance(ended, Failure):
         return ended.error_class, seconds

@@ -81,13 +81,6 @@ def outcomes(database: Database) -> dict[int, dict[str, int]]:
     return found
 
 
-def may_work(database: Database, deployment: int) -> bool:
-    """Whether the deployment is admitted."""
-    with database.read() as connection:
-        query = select(deployments.c.admitted).where(deployments.c.id == deployment)
-        return bool(connection.scalar(query))
-
-
 def lead(database: Database, name: str, owner: str, deployment: int, seconds: float) -> bool:
     """Take or renew the lease `name` for `seconds`; whether `owner` leads now.
 

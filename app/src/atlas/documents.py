@@ -20,7 +20,7 @@ from atlas.crypto import Keyring
 from atlas.db import Database, rfc3339, total
 from atlas.group import GroupCommit
 from atlas.queue import DAY_MS, NewJob, Queue, Result, clean, in_state, remove, remove_documents
-from atlas.schema import PRIORITIES, document_tags, documents, idempotency_keys, job_events, jobs
+from atlas.schema import PRIORITIES, PRIORITY_NAMES, document_tags, documents, idempotency_keys, job_events, jobs
 from atlas.search import find
 from atlas.settings import Settings
 from atlas.urls import host_of, normalise_url
@@ -32,7 +32,6 @@ COUNT_SECONDS = 0.5
 GROUP_ROWS = 1000
 FEW = 10_000
 _ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # pragma: allowlist secret
-_PRIORITY_NAMES = {value: name for name, value in PRIORITIES.items()}
 _PAIRS = [first + second for first in _ALPHABET for second in _ALPHABET]
 
 
@@ -125,7 +124,6 @@ class Work:
     url: str | None
     content: str | None
     content_type: str | None
-    title: str | None
     sensitive: Mapping[str, Any]
 
 
@@ -330,7 +328,7 @@ class Documents:
         return [
             Submitted(row.id, job_ids[row.id], "queued", True)
             if row.id in created
-            else known.get(row.dedupe_key) or QueueFull(self._most(row.priority), _PRIORITY_NAMES[row.priority])
+            else known.get(row.dedupe_key) or QueueFull(self._most(row.priority), PRIORITY_NAMES[row.priority])
             for row in rows
         ]
 
@@ -353,7 +351,7 @@ class Documents:
     def _row(self, submission: Submission) -> _Row:
         if (submission.url is None) == (submission.content is None):
             raise InvalidDocument("url: give either url or content")
-        if submission.priority not in _PRIORITY_NAMES:
+        if submission.priority not in PRIORITY_NAMES:
             raise InvalidDocument(f"priority: must be one of {', '.join(PRIORITIES)}")
         source = None if submission.content is None else clean(submission.content)
         url = None if submission.url is None else checked_url(submission.url)
@@ -374,7 +372,7 @@ class Documents:
 
     def work(self, ids: Sequence[str]) -> dict[str, Work]:
         """What is to be processed, by document id. Raises KeyringError if a sensitive field cannot be read."""
-        names = ("id", "url", "content_type", "title", "sensitive")
+        names = ("id", "url", "content_type", "sensitive")
         columns = [*(documents.c[name] for name in names), documents.c.source.label("content")]
         with self.database.read() as connection:
             query = select(*columns).where(documents.c.id.in_(ids))

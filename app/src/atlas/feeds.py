@@ -18,14 +18,13 @@ from atlas.db import rfc3339, total
 from atlas.documents import Documents, InvalidDocument, QueueFull, Submission, checked_url, new_id
 from atlas.extract import Entry
 from atlas.queue import NewJob, Result, clean
-from atlas.schema import PRIORITIES, feeds, jobs
+from atlas.schema import PRIORITIES, PRIORITY_NAMES, feeds, jobs
 from atlas.urls import host_of, normalise_url
 
 BATCH = 100
 POSTPONED_MS = 60_000
 LONGEST_WAIT_SECONDS = 86_400
 GRACE_MS = 60_000
-_PRIORITY_NAMES = {value: name for name, value in PRIORITIES.items()}
 _FEED_JOB = feeds.outerjoin(jobs, jobs.c.id == feeds.c.job_id)
 _SHOWN = [
     *(column for column in feeds.c if column.name not in ("sensitive", "sensitive_key", "seen", "error")),
@@ -216,4 +215,4 @@ class Feeds:
 def _shown(row: Any) -> dict[str, Any]:
     found = {key: value for key, value in row._mapping.items() if key not in _HIDDEN}
     times = {name: rfc3339(found[name]) for name in ("next_at", "polled_at", "created_at")}
-    return found | times | {"priority": _PRIORITY_NAMES[found["priority"]]}
+    return found | times | {"priority": PRIORITY_NAMES[found["priority"]]}

@@ -25,15 +25,13 @@ from atlas.documents import Documents, Submission, Submitted
 from atlas.keys import progress
 from atlas.queue import QueueStats, in_state, remove_documents
 from atlas.runtime import Runtime, one_line, open_queue, service_port
-from atlas.schema import PRIORITIES, documents, job_events, jobs
+from atlas.schema import PRIORITIES, PRIORITY_NAMES, documents, job_events, jobs
 from atlas.services import LEASE
 from atlas.settings import SettingsError
 
 SAMPLE_SECONDS = 5.0
 PROBE_SECONDS = 60.0
 PROBE_LIMIT_SECONDS = 60.0
-RECENT_MS = 300_000
-_PRIORITY_NAMES = {value: name for name, value in PRIORITIES.items()}
 
 log = structlog.get_logger("atlas.monitoring")
 
@@ -138,7 +136,7 @@ def take_sample(opened: Documents) -> Sample:
         }
         # A job keeps its error when it is requeued or discarded.
         expired = job_events.c.event.in_(("lost", "died")) & (job_events.c.error_class == "lost")
-        recent = expired & (job_events.c.at > now - RECENT_MS)
+        recent = expired & (job_events.c.at > now - admission.RECENT_MS)
         return Sample(
             stats,
             presence.roster(database),
@@ -184,7 +182,7 @@ class Metrics(Collector):
             "Jobs by state and priority.",
             ["state", "priority"],
             {
-                (state, _PRIORITY_NAMES[priority]): count
+                (state, PRIORITY_NAMES[priority]): count
                 for state, counts in stats.depth.items()
                 for priority, count in counts.items()
             },

@@ -37,7 +37,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from atlas import breakers, counts
 from atlas.db import Database, rfc3339, rows, total
-from atlas.schema import ANYONE, LANE, PRIORITIES, deployments, documents, hosts, job_events, jobs
+from atlas.schema import ANYONE, LANE, PRIORITIES, PRIORITY_NAMES, deployments, documents, hosts, job_events, jobs
 from atlas.settings import RETRIES, Retry
 
 DAY_MS = 86_400_000
@@ -49,7 +49,6 @@ PROBES = 4
 NOBODY = -2
 CHANGED_AT_ONCE, CHANGED_MOST = 1000, 10_000
 STATES = ("ready", "running", "done", "dead")
-_PRIORITY_NAMES = {value: name for name, value in PRIORITIES.items()}
 _SHOWN = ("id", "kind", "document_id", "state", "host", "attempts", "request_id", "error_class", "error")
 _SHOWN_EVENT = ("event", "attempt", "owner", "deployment", "error_class", "error")
 Note = Callable[[Connection, Sequence[int]], None]
@@ -675,7 +674,7 @@ def shown(job: Mapping[str, Any]) -> dict[str, Any]:
     """A job of `Queue.find` as it is shown: without its payload, with times in RFC 3339."""
     times = {name: rfc3339(job[name]) for name in ("run_at", "created_at", "finished_at")}
     events = [{"at": rfc3339(event["at"])} | {name: event[name] for name in _SHOWN_EVENT} for event in job["events"]]
-    own = {name: job[name] for name in _SHOWN} | {"priority": _PRIORITY_NAMES[job["priority"]]}
+    own = {name: job[name] for name in _SHOWN} | {"priority": PRIORITY_NAMES[job["priority"]]}
     return own | times | {"events": events}
 
 

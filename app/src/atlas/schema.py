@@ -23,6 +23,7 @@ from sqlalchemy.dialects.postgresql import JSONB
 
 metadata = MetaData()
 PRIORITIES = {"high": 0, "normal": 1, "low": 2}
+PRIORITY_NAMES = {value: name for name, value in PRIORITIES.items()}
 # jobs.target of a job that any admitted deployment may claim, and of one that waits in the lane of its host.
 ANYONE, LANE = 0, -1
 

@@ -10,7 +10,6 @@ from itertools import pairwise
 WIDTH, HEIGHT = 1000, 200
 POINTS = 240
 SERIES = ("ready", "running", "dead")
-DAY_MS = 86_400_000
 GAP_MS = 300_000
 
 

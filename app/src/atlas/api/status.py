@@ -18,16 +18,17 @@ from werkzeug.exceptions import HTTPException
 from werkzeug.wrappers import Response as AnyResponse
 
 from atlas import breakers
+from atlas.admission import RECENT_MS
 from atlas.api.audit import note
 from atlas.api.auth import admit
-from atlas.api.chart import DAY_MS, chart
+from atlas.api.chart import chart
 from atlas.api.health import checks, detail
 from atlas.api.openapi import describe
 from atlas.api.problems import Problem, unavailable
 from atlas.api.state import State, state
 from atlas.db import rfc3339
 from atlas.documents import InvalidDocument
-from atlas.queue import Which
+from atlas.queue import DAY_MS, Which
 from atlas.schema import job_events, queue_samples
 from atlas.tokens import Token
 
@@ -35,7 +36,6 @@ blueprint = Blueprint("status", __name__, template_folder="templates")
 log = structlog.get_logger("atlas.api")
 SHOWN = 20
 TROUBLED = ("open", "half_open")
-RECENT_MS = 300_000
 LOOKED_AT = 5000  # of the last events, to find failures among them
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'self'; form-action 'self'; base-uri 'none';"
