@@ -267,6 +267,17 @@ def test_a_store_that_goes_away_among_unreadable_fields_holds_up_nothing(
     assert len(core.errors) == 1
 
 
+def test_a_text_that_search_cannot_hold_does_not_hold_up_the_others(running: Callable[..., Running]) -> None:
+    core = running()
+    # More words than a tsvector may hold, though not more text: each is indexed as a whole and in its parts.
+    letters = [chr(0x4E00 + n) for n in range(20_000)]
+    words = " ".join(f"{letters[n % 20_000]}{letters[n // 7]}-{letters[n * 7 % 20_000]}" for n in range(48_000))
+    odd = core.submit(content=words, content_type="text/plain")
+    good = core.submit(content="Plain words.", content_type="text/plain")
+    core.wait(good, "processed")
+    core.wait(odd, "processed" if core.queue.database.dialect == "sqlite" else "dead")
+
+
 def test_a_worker_may_take_the_last_job_while_the_core_stops(
     running: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
 ) -> None:

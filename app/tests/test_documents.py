@@ -214,7 +214,7 @@ def test_urls_have_one_form(url: str, expected: str) -> None:
 @pytest.mark.parametrize(
     "url",
     ["", "file:///etc/passwd", "ftp://h/", "http://", "http://u:p@h/", "http://h/\r\nx", "http://h:99999/", "x" * 5000]
-    + ["http://[::1/", "//h/a", "http:\\\\h\\", "http://" + "a" * 300 + ".org/"],
+    + ["http://[::1/", "//h/a", "http:\\\\h\\", "http://" + "a" * 300 + ".org/", f"http://{'a.' * 150}org/"],
 )
 def test_urls_that_cannot_be_fetched_are_refused(documents: Documents, url: str) -> None:
     with pytest.raises(InvalidDocument, match="^url: "):

@@ -326,6 +326,8 @@ def test_the_api_of_feeds(client: FlaskClient, app: Flask) -> None:
     made = client.post("/v1/feeds", json=wanted | {"sensitive": {"headers": {"X-Key": "very-secret"}}})
     assert made.status_code == 201, made.text
     feed = made.get_json()
+    too_long = client.post("/v1/feeds", json={"url": f"http://a.test/{'x' * 2000}"})
+    assert "2000 characters" in problem(too_long, 422)["detail"]
     assert (feed["url"], feed["priority"], feed["has_sensitive"]) == ("http://a.test/feed", "low", True)
     path = made.headers["Location"]
     assert path == f"/v1/feeds/{feed['id']}" and client.get(path).get_json() == feed

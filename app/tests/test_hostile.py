@@ -115,6 +115,7 @@ SERVERS: dict[str, tuple[Callable[[Handler], None], str]] = {
     "redirect to a file": (redirects("file:///etc/passwd"), "unsupported"),
     "redirect to nowhere": (redirects("http://"), "unsupported|client_error"),
     "redirect to a bad name": (redirects("http://" + "a" * 300 + ".test/"), "unsupported|dns"),
+    "redirect to a long name": (redirects(f"http://{'a.' * 150}test/"), "unsupported"),
     "redirect to a bad port": (redirects("http://a.test:99999/"), "unsupported|dns"),
     "redirect inside": (redirects("http://169.254.169.254/latest/meta-data"), "refused"),
     "redirect to a mapped address": (redirects("http://[::ffff:10.0.0.1]/"), "refused"),

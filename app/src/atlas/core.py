@@ -14,10 +14,11 @@ from contextlib import suppress
 
 import structlog
 from sqlalchemy import Connection
-from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import SQLAlchemyError
 from structlog.contextvars import bound_contextvars
 
 from atlas.crypto import Keyring, KeyringError
+from atlas.db import is_away
 from atlas.documents import Documents, Extracted, Work
 from atlas.extract import ExtractError, Extractor
 from atlas.feeds import Feeds, Polled
@@ -220,9 +221,9 @@ class Core:
     def _finish(self, results: list[Result]) -> None:
         try:
             refused = self._queue.finish(results, self._store)
-        except (OperationalError, InterfaceError):
-            raise  # the store is away: keep the results and try again
         except Exception as error:
+            if is_away(error):
+                raise  # keep the results and try again
             if len(results) > 1:
                 for result in results:
                     self._finish([result])

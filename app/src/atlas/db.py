@@ -40,7 +40,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects import postgresql as postgresql_dialect
 from sqlalchemy.dialects import sqlite as sqlite_dialect
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError, TimeoutError
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, SQLAlchemyError, TimeoutError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.pool import QueuePool
 from sqlalchemy.sql.functions import FunctionElement
@@ -270,6 +270,13 @@ class Database:
                 self._kept = None
         self._reader.dispose()
         self._writer.dispose()
+
+
+def is_away(error: Exception) -> bool:
+    """Whether the store does not serve at all, and would do so later; else it is what was asked that is wrong."""
+    # What exceeds a limit of PostgreSQL's own (SQLSTATE 54...), like a text too long to index, does so for ever.
+    limit = str(getattr(getattr(error, "orig", None), "sqlstate", None)).startswith("54")
+    return isinstance(error, OperationalError | InterfaceError | TimeoutError) and not limit
 
 
 _POSTGRESQL = postgresql_dialect.dialect()  # type: ignore[no-untyped-call]

@@ -22,6 +22,7 @@ from atlas.schema import PRIORITIES, PRIORITY_NAMES, feeds, jobs
 from atlas.urls import host_of, normalise_url
 
 BATCH = 100
+URL_LIMIT = 2000  # they are unique by an index, in which PostgreSQL holds no more than 2,700 bytes
 POSTPONED_MS = 60_000
 LONGEST_WAIT_SECONDS = 86_400
 GRACE_MS = 60_000
@@ -81,6 +82,8 @@ class Feeds:
         """
         now = self.database.now(connection)
         row: dict[str, Any] = {"id": new_id(), "url": checked_url(url), "created_by": created_by}
+        if len(row["url"]) > URL_LIMIT:
+            raise InvalidDocument(f"url: must be at most {URL_LIMIT} characters for a feed")
         row |= {"created_at": now, "next_at": now}
         defaults = {
             "tags": [],

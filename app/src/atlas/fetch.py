@@ -23,6 +23,8 @@ from typing import Any
 import httpcore
 import httpx
 
+from atlas.urls import HOST_LIMIT
+
 _ACCEPT = "text/html, application/xhtml+xml, application/atom+xml, application/rss+xml, text/*;q=0.9, */*;q=0.1"
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _STATUS_CLASSES = {404: "not_found", 410: "not_found", 408: "timeout", 429: "rate_limited"}
@@ -110,6 +112,8 @@ class Fetcher:
             target = httpx.URL(url)
             if target.scheme not in ("http", "https") or not target.host:
                 raise FetchError("unsupported", f"{target.scheme or 'no'}: only http and https are fetched")
+            if len(target.raw_host) > HOST_LIMIT:
+                raise FetchError("unsupported", f"a host has at most {HOST_LIMIT} characters")
             # A page must not make us send credentials, neither ours nor its own.
             target = target.copy_with(username=None, password=None)
             own = private if _is_same_place(source, target) else {}

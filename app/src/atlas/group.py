@@ -8,9 +8,8 @@ from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
 from sqlalchemy import Connection
-from sqlalchemy.exc import InterfaceError, OperationalError
 
-from atlas.db import Database
+from atlas.db import Database, is_away
 
 # SQLite's lock is unfair: a process that takes it again at once starves the others.
 PAUSE_SECONDS = 0.001
@@ -94,6 +93,6 @@ class GroupCommit(Generic[T, R]):
                 return self._write(connection, items)
         except Exception as error:
             # What is wrong with one item must not fail the others; a store that is away fails them all.
-            if len(items) == 1 or isinstance(error, OperationalError | InterfaceError):
+            if len(items) == 1 or is_away(error):
                 return [error] * len(items)
             return [result for item in items for result in self._run([item])]

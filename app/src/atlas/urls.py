@@ -6,6 +6,7 @@ import re
 from urllib.parse import quote, urlsplit, urlunsplit
 
 URL_LIMIT = 4096
+HOST_LIMIT = 253  # of a name in the DNS; jobs and breakers are indexed by it
 
 
 def normalise_url(url: str) -> str:
@@ -26,8 +27,8 @@ def normalise_url(url: str) -> str:
         raise ValueError("must begin with http:// or https://")
     if parts.username is not None or parts.password is not None:
         raise ValueError("must hold no user name or password; send them as credentials")
-    if not host:
-        raise ValueError("has no host")
+    if not 0 < len(host) <= HOST_LIMIT:
+        raise ValueError(f"must have a host of at most {HOST_LIMIT} characters")
     netloc = f"[{host}]" if ":" in host else host
     if port is not None and port != {"http": 80, "https": 443}[scheme]:
         netloc += f":{port}"
