@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 from conftest import Clock, open_database, wait_for
 from sqlalchemy import insert, select, text
+from sqlalchemy.exc import OperationalError, ProgrammingError, SQLAlchemyError
 
 from atlas import admission, audit, presence
 from atlas.db import Database
@@ -171,3 +172,25 @@ def test_every_chore_is_due_at_once_and_then_in_its_time(housekeeping: Housekeep
     assert counted.pop("events") == 2 and set(counted.values()) == {1}
     expected = {"feeds", "sample", "tokens", "retention", "audit", "forgotten"}
     assert expected <= set(counted) and ({"checkpoint", "optimize"} <= set(counted) or "hints" in counted)
+
+
+def test_a_chore_that_the_store_refuses_keeps_no_other_from_being_done(housekeeping: Housekeeping) -> None:
+    done: list[str] = []
+    housekeeping._chores = {"feeds": (5, lambda: refuse()), "retention": (60, lambda: done.append("retention") is None)}
+
+    def refuse() -> bool:
+        if error is not None:
+            raise error
+        return False
+
+    error: SQLAlchemyError | None = ProgrammingError("SELECT", {}, Exception("permission denied"))
+    assert housekeeping.run_due() is True and done == ["retention"]
+    assert housekeeping.failing == {"feeds": "the chore feeds fails: permission denied"}
+    housekeeping._due["feeds"] = 0
+    error = OperationalError("SELECT", {}, Exception("away"))
+    with pytest.raises(OperationalError):
+        housekeeping.run_due()
+    assert done == ["retention"], "a store that is away is not asked again and again"
+    error = None
+    housekeeping.run_due()
+    assert housekeeping.failing == {} and len(done) == 2

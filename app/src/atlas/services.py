@@ -13,7 +13,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from atlas import admission, audit, breakers, counts
 from atlas.crypto import Keyring
-from atlas.db import Database, rfc3339
+from atlas.db import Database, is_away, rfc3339
 from atlas.documents import Documents
 from atlas.feeds import Feeds
 from atlas.queue import DAY_MS
@@ -62,14 +62,26 @@ class Housekeeping:
             self._chores["counts"] = (60, lambda: counts.merge(database))
         # What an operator should know; shown in /health with this service.
         self.warnings: list[str] = []
+        self.failing: dict[str, str] = {}
         self._due = dict.fromkeys(self._chores, time.monotonic())
 
     def run_due(self) -> bool:
-        """Do a piece of each chore that is due; whether any wants to go on at once."""
+        """Do a piece of each chore that is due; whether any wants to go on at once.
+
+        A chore that the store refuses keeps no other from being done.
+        """
         more = False
         for name, (interval, chore) in self._chores.items():
             if time.monotonic() >= self._due[name]:
-                goes_on = chore()
+                goes_on = False
+                try:
+                    goes_on = chore()
+                    self.failing.pop(name, None)
+                except SQLAlchemyError as error:
+                    if is_away(error):
+                        raise
+                    self.failing[name] = f"the chore {name} fails: {one_line(error)}"
+                    log.error("a chore failed", chore=name, reason=one_line(error))
                 self._due[name] = time.monotonic() + (0 if goes_on else interval)
                 more = more or goes_on
         return more
@@ -188,7 +200,8 @@ def run() -> None:
         leads = admission.lead(database, LEASE, runtime.owner, runtime.identity.deployment, LEASE_SECONDS)
         if leads != bool((runtime.detail or {}).get("leader")):
             log.info("leads" if leads else "follows")
-        runtime.detail = {"leader": leads, "warnings": housekeeping.warnings if leads else []}
+        warnings = [*housekeeping.warnings, *housekeeping.failing.values()] if leads else []
+        runtime.detail = {"leader": leads, "warnings": warnings}
         return 0.1 if leads and housekeeping.run_due() else RENEW_SECONDS
 
     if runtime.connect():
