@@ -56,6 +56,8 @@ WRITER_SECONDS = 30.0
 # Connections of a process besides those of its threads: heartbeat, counting, one look within another.
 SPARE = 3
 TOTAL_MOST = 10_000
+# Without, who waits for a server whose machine is gone waits for two hours: the kernel asks after it no sooner.
+KEEPALIVE = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3, "tcp_user_timeout": 25_000}
 PG_NOW = "(extract(epoch from statement_timestamp()) * 1000)::bigint"
 
 
@@ -138,7 +140,7 @@ class Database:
                 options += f" -c role={role}"
             self._writer = create_engine(
                 url.set(password=password) if password else url,
-                connect_args={"options": options, "application_name": "atlas", "connect_timeout": 10},
+                connect_args={"options": options, "application_name": "atlas", "connect_timeout": 10, **KEEPALIVE},
                 pool_size=pool_size,
                 # A server has so many connections for all hosts: who finds none free waits for one of its own process.
                 max_overflow=0,
