@@ -8,6 +8,7 @@ whose ``atlas@SLOT.target`` is enabled; a slot is a symbolic link to a deploymen
 from __future__ import annotations
 
 import base64
+import ctypes
 import datetime
 import errno
 import fcntl
@@ -41,6 +42,9 @@ ALONE_SECONDS = 300.0
 """Longer than it takes to stop the services of a slot and to wait for others to be healthy."""
 JOURNAL_ENTRIES = 5000
 """A journal that is longer loses its older half when a deploy is finished."""
+READ_SECONDS = 1.0
+"""For so long a unit that was starting may still read a directory of credentials that was replaced: it skips files that vanish."""
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # rename(2)
 NEVER_TRIMMED = ("rotation",)
 """Events (``rotation.EVENT``) of which there are few, and whose age matters."""
 
@@ -103,6 +107,25 @@ def sync_directory(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def put_in_place(partial: Path, directory: Path) -> None:
+    """Make *partial* the whole content of *directory*, which is there at every moment, and remove what it was before.
+
+    A run that is killed leaves the directory as it was or as it is to be, and at most *partial* beside it.
+    """
+    sync_directory(partial)
+    if not directory.exists():
+        partial.rename(directory)
+        sync_directory(directory.parent)
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.renameat2(_AT_FDCWD, os.fsencode(partial), _AT_FDCWD, os.fsencode(directory), _RENAME_EXCHANGE):
+        number = ctypes.get_errno()
+        raise OSError(number, f"it cannot be exchanged for {partial.name}: {os.strerror(number)}", str(directory))
+    sync_directory(directory.parent)
+    time.sleep(READ_SECONDS)
+    shutil.rmtree(partial)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -103,6 +103,7 @@ from ansible.module_utils.atlas_host import (
     fingerprint,
     fingerprint_key,
     now,
+    put_in_place,
     read_json,
     sync_directory,
     write_atomically,
@@ -148,17 +149,12 @@ def render(host: Host, wanted: Mapping[str, Any], credentials: Mapping[str, str]
 def renew(host: Host, number: int, credentials: Mapping[str, str]) -> None:
     """Give the deployment *number* other credentials; until the last step it has the ones before."""
     directory = host.deployment(number)
-    partial, old = directory / ".credentials.partial", directory / ".credentials.old"
-    if old.exists() and not (directory / "credentials").exists():
-        old.rename(directory / "credentials")  # a run before this one ended between its two renames
-    for leftover in (partial, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    partial = directory / ".credentials.partial"
+    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(mode=0o700)
     for name, secret in credentials.items():
         _write(partial / name, encrypt(host, name, secret), 0o600)
-    (directory / "credentials").rename(old)
-    partial.rename(directory / "credentials")
-    shutil.rmtree(old)
+    put_in_place(partial, directory / "credentials")
     content, key = read_json(directory / "deployment.json"), fingerprint_key(host.state)
     settings = _read(directory / "settings.yaml")
     content["fingerprint"] = fingerprint(key, str(content.get("digest")), settings, credentials)

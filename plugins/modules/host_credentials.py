@@ -48,8 +48,8 @@ from ansible.module_utils.atlas_host import (
     HostError,
     fingerprint,
     fingerprint_key,
+    put_in_place,
     run,
-    sync_directory,
     write_atomically,
 )
 from ansible.module_utils.basic import AnsibleModule
@@ -71,13 +71,7 @@ def render(directory: Path, credentials: dict[str, str]) -> None:
             file.write(done.output)
             file.flush()
             os.fsync(file.fileno())
-    old = directory.with_name(f".{directory.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if directory.exists():
-        directory.rename(old)
-    partial.rename(directory)
-    sync_directory(directory.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    put_in_place(partial, directory)
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ import grp
 import json
 import os
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,6 +19,7 @@ from typing import Any
 
 import atlas_deployment
 import atlas_slot
+import host_credentials
 import pytest
 from ansible.module_utils import atlas_host, haproxy_runtime, host_facts, rotation
 from ansible.module_utils.atlas_host import Answer, Done, Gate, Host, HostError
@@ -689,21 +691,98 @@ def test_revoked_credentials_are_replaced_and_nothing_else(host: Host, as_root: 
     assert host_facts.compared(host, 1, wanted()) is False
 
 
+def seen(directory: Path) -> dict[str, str]:
+    """What a unit that starts finds, read as systemd does it: the directory is opened once, then each of its files."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        return {name: Path(f"/proc/self/fd/{handle}/{name}").read_text() for name in os.listdir(handle)}
+    finally:
+        os.close(handle)
+
+
+def encrypting(argv: Sequence[str], stdin: bytes = b"") -> Done:
+    """Stands for systemd-creds."""
+    return Done(0, stdin.decode(), "")
+
+
+def test_whoever_starts_while_credentials_are_replaced_finds_all_of_one_generation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host_credentials, "run", encrypting)
+    monkeypatch.setattr(atlas_host, "READ_SECONDS", 0.05, raising=False)
+    directory, names = tmp_path / "credentials", [f"secret{number}" for number in range(6)]
+    host_credentials.render(directory, dict.fromkeys(names, "0"))
+    wrong: list[object] = []
+    ended = threading.Event()
+
+    def starting() -> None:
+        while not ended.is_set():
+            began, told = time.monotonic(), object()
+            try:
+                found = seen(directory)
+                told = None if sorted(found) == names and len(set(found.values())) == 1 else found
+            except OSError as error:
+                told = error
+            if told is not None and time.monotonic() - began < 0.05:
+                wrong.append(told)
+
+    units = [threading.Thread(target=starting) for _ in range(2)]
+    for each in units:
+        each.start()
+    for generation in range(1, 60):
+        host_credentials.render(directory, dict.fromkeys(names, str(generation)))
+    ended.set()
+    for each in units:
+        each.join()
+    assert wrong == [] and os.listdir(tmp_path) == ["credentials"]
+
+
+def test_credentials_are_there_whenever_a_run_that_replaces_them_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host_credentials, "run", encrypting)
+    directory = tmp_path / "credentials"
+    host_credentials.render(directory, {"old": "1", "both": "1"})
+    last, generation = {"old": "1", "both": "1"}, 1
+    for killed in range(1, 20):  # in the n-th call of the operating system that changes names or makes them durable
+        generation += 1
+        coming, calls = {"new": str(generation), "both": str(generation)}, iter(range(1, 100))
+
+        def dying(function: Callable[..., Any], left: Any = calls, at: int = killed) -> Callable[..., Any]:
+            def call(*arguments: Any, **more: Any) -> Any:
+                if next(left) == at:
+                    raise KeyboardInterrupt
+                return function(*arguments, **more)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            for module, name in ((os, "fsync"), (os, "rename"), (shutil, "rmtree"), (time, "sleep")):
+                patch.setattr(module, name, dying(getattr(module, name)))
+            patch.setattr(atlas_host, "READ_SECONDS", 0.0, raising=False)
+            try:
+                host_credentials.render(directory, coming)
+            except KeyboardInterrupt:
+                assert seen(directory) in (last, coming)
+                last = seen(directory)
+                continue
+        break
+    assert killed > 4 and seen(directory) == coming and os.listdir(tmp_path) == ["credentials"]
+
+
 def test_credentials_are_replaced_although_the_run_before_ended_halfway(
     host: Host, as_root: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     atlas_deployment.apply(wanted(), host, False)
     directory = host.deployment(1)
-    rename = Path.rename
 
-    def ending(self: Path, target: Path) -> Path:
-        if self.name == ".credentials.partial":
-            raise KeyboardInterrupt
-        return rename(self, target)
+    def ending(_: float) -> None:
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Path, "rename", ending)
+        patch.setattr(time, "sleep", ending)
         atlas_deployment.apply(wanted(renew=True, settings="", credentials={"tokens": "NEWER"}), host, False)
+    assert host_facts.compared(host, 1, wanted(credentials={"tokens": "NEWER"})) is not True
     atlas_deployment.apply(wanted(renew=True, settings="", credentials={"tokens": "NEWER"}), host, False)
     assert sorted(os.listdir(directory)) == ["credentials", "deployment.json", "release", "settings.yaml"]
     assert os.listdir(directory / "credentials") == ["tokens"]
