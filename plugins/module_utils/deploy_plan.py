@@ -77,7 +77,7 @@ def plan(
         *_hosts(facts, options, fleet),
         *_edges(facts, fleet, leases, replaces, options, cleanup),
         *_clocks(facts, options, now),
-        *_keyring(facts, options),
+        *_vault(facts, options),
         *deploy_hooks.findings(options["hooks"]),
     ]
     if options.get("rollback"):
@@ -491,9 +491,11 @@ def _options(options: Options) -> list[str]:
     return found
 
 
-def _keyring(facts: Facts, options: Options) -> list[str]:
+def _vault(facts: Facts, options: Options) -> list[str]:
     """Refuse a vault file from before a rotation: it would bring back what was retired, and could not read what came since."""
     journals = {host: facts[host].get("rotations", []) for host in options["hosts"] if answered(facts, host)}
+    if older := rotation.older_vault(journals, options.get("vault_serial", 0)):
+        return [older]
     entry = rotation.missing_key(journals, options["known_keys"]) if options.get("known_keys") else None
     if entry is None:
         return []

@@ -16,6 +16,7 @@ from ansible.module_utils.ssh_key import KeyFile
 from ansible.module_utils.vault_spec import (
     BACKUP_LOGINS,
     DATABASE_LOGINS,
+    numbered,
     random_fernet_key,
     random_password,
     random_token,
@@ -23,6 +24,7 @@ from ansible.module_utils.vault_spec import (
 
 KINDS = ("tokens", "database", "backup", "fernet", "tls", "ssh", "vault")
 FERNET, ESCROW, TOKENS = "vault_atlas_fernet_keys", "vault_atlas_fernet_escrow", "vault_atlas_tokens"
+CERTIFICATE = "vault_haproxy_tls_pem"
 EVENT = "rotation"
 DONE = "finished"
 DAY = 86400
@@ -96,6 +98,30 @@ def missing_key(journals: Mapping[str, Sequence[Mapping[str, Any]]], known: Sequ
     ]
     last = max(entries, key=lambda entry: int(entry.get("order", 0)), default=None)
     return None if last is None or last.get("new") in known else last
+
+
+def older_vault(journals: Mapping[str, Sequence[Mapping[str, Any]]], serial: int) -> str | None:
+    """Return what to tell whoever has a vault file with *serial*, if steps of rotations were done with a later one; else None.
+
+    A rotation notes the serial that it found at each step, and writes the next one after it: what is noted is never ahead of
+    the vault file of who rotates. Entries from before there were serials have none.
+    """
+    entries = [
+        entry
+        for journal in journals.values()
+        for entry in journal
+        if entry.get("event") == EVENT and int(entry.get("serial", 0)) > serial
+    ]
+    if not entries:
+        return None
+    later = {str(entry["kind"]): entry for entry in sorted(entries, key=lambda entry: int(entry["order"]))}
+    steps = [f"{kind} ({of['step']} {of['at']} by {of.get('by', 'somebody')})" for kind, of in later.items()]
+    newest = max(int(entry["serial"]) for entry in entries)
+    return (
+        f"The vault file here is older (vault_serial {serial}) than what rotations brought into service since ({newest}): "
+        f"{', '.join(steps)}. Get the newest one: git pull, or from who rotated, who has to commit it. Only if that one is lost, and "
+        f"this one is to replace what is in service: ansible-vault edit it and set vault_serial: {newest}"
+    )
 
 
 # The Fernet keyring
@@ -431,7 +457,7 @@ def ssh(hosts: Hosts) -> Iterator[str]:
     yield "the old key is refused everywhere"
 
 
-def tls(hosts: Hosts) -> Iterator[str]:
+def tls(secrets: Secrets, hosts: Hosts) -> Iterator[str]:
     """Replace the certificates of the edges: in a lab by new ones of its authority, elsewhere by what the user put in place."""
     state, found = hosts.state("tls"), hosts.certificates()
     going_on = under_way(state)
@@ -446,6 +472,8 @@ def tls(hosts: Hosts) -> Iterator[str]:
         hosts.do("tls", (), entry={"step": "begun", "old": old})
     if late:
         hosts.issue(old)
+    if (vault := secrets.read()).get(CERTIFICATE):
+        secrets.write(numbered(vault))  # what was put into it by hand is to be told from the vault before
     generation = int(hosts.state("tls").get("generation", 0)) + 1
     hosts.do("tls", ("tls", "backup"), entry={"step": DONE, "old": old, "generation": generation})
     yield f"{len(found)} edges serve another certificate, and none of the old ones"
@@ -460,7 +488,7 @@ def rotate(kind: str, secrets: Secrets, hosts: Hosts, now: float, overlap: float
         hosts.do(kind, ("backup",), entry={"step": DONE, "generation": generation})
         return
     if kind in ("tls", "ssh"):
-        yield from {"tls": tls, "ssh": ssh}[kind](hosts)
+        yield from tls(secrets, hosts) if kind == "tls" else ssh(hosts)
         return
     for _ in range(MOST_STEPS):
         step = MACHINES[kind](secrets.read(), hosts.state(kind), now, overlap, revoke)
@@ -475,7 +503,7 @@ def rotate(kind: str, secrets: Secrets, hosts: Hosts, now: float, overlap: float
         entry = {**step.note, **({"generation": generation} if finished else {})}
         cut = hosts.do(kind, acts, step.commands, entry)
         if step.vault is not None:
-            secrets.write(step.vault)
+            secrets.write(numbered(step.vault))
         yield step.says
         yield from cut
         if step.ends:

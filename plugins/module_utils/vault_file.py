@@ -17,7 +17,7 @@ from ansible.module_utils.atlas_host import write_atomically
 from ansible.module_utils.lab_inventory import ansible_vault
 from ansible.module_utils.labs import LabError
 from ansible.module_utils.release import keep
-from ansible.module_utils.vault_spec import password_weakness, random_password, value_errors
+from ansible.module_utils.vault_spec import numbered, password_weakness, random_password, value_errors
 
 KEPT = 20
 NEXT = ".next"
@@ -112,7 +112,7 @@ class VaultFile:
         weakness = password_weakness(following.read_text(encoding="utf-8").strip())
         if weakness:
             raise VaultError(f"The new password {weakness}")
-        self.write(values, following)
+        self.write(numbered(values), following)
         os.replace(following, file)
         return "the vault password is another"
 

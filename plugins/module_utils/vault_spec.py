@@ -148,6 +148,19 @@ BACKUP_LOGINS = ("atlas_backup", "atlas_backup_b")
 """Roles of PostgreSQL that take turns: the first is in use until the first rotation."""
 
 
+SERIAL = "vault_serial"
+"""In the vault file: how often a rotation has written it. No secret; absent until the first."""
+
+
+def numbered(vault: Mapping[str, Any]) -> dict[str, Any]:
+    """Return *vault* as a rotation writes it: with the serial after its own."""
+    return {**vault, SERIAL: int(vault.get(SERIAL, 0)) + 1}
+
+
+def _serial_weakness(value: Any) -> str | None:
+    return None if type(value) is int and value >= 0 else "must be a whole number, 0 or more"
+
+
 @dataclass(frozen=True)
 class Secret:
     """One entry of the vault file; one that nobody can *make* is optional."""
@@ -177,6 +190,7 @@ SECRETS = (
     Secret("vault_backup_login", None, _name_weakness(BACKUP_LOGINS)),
     Secret("vault_backup_next", None, _login_weakness(BACKUP_LOGINS, ["repository_password"])),
     Secret("vault_backup_previous", None, _login_weakness(BACKUP_LOGINS, ["repository_password"])),
+    Secret(SERIAL, None, _serial_weakness),
 )
 OPTIONAL = {secret.name for secret in SECRETS if secret.make is None}
 

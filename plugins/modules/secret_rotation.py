@@ -87,6 +87,8 @@ class Fleet(rotation.Hosts):
         self.found = self.look()
         journals = {host: self.found["facts"].get(host, {}).get("journal", []) for host in self.found["hosts"]}
         self.states = rotation.states(journals)
+        serial = max((int(each["deploy_vault_serial"]) for each in self.found["variables"].values()), default=0)
+        self.older_vault = rotation.older_vault(journals, serial)
         moments = [str(journal[0]["at"]) for journal in journals.values() if journal]
         self.first = min(map(rotation.unix, moments), default=None)
         of_real_hosts = project / ".cache" / "rotation" / f"{self.found['environment']}.log"
@@ -270,6 +272,8 @@ def main() -> None:
                 *(["--diff"] if module._diff else []),
             ]
             fleet = Fleet(inventory, project, secrets, how)
+            if kinds and fleet.older_vault:
+                raise rotation.RotationError(fleet.older_vault)
             reasons = left_out(kinds, is_all, fleet, secrets)
             lines += [f"{kind:8} is not rotated here: {reasons[kind]}" for kind in kinds if kind in reasons]
             for kind in [] if module.check_mode else [kind for kind in kinds if kind not in reasons]:

@@ -709,6 +709,13 @@ def test_a_vault_file_from_before_a_rotation_deploys_nothing() -> None:
     assert refused(known_keys=["newest"]) == refused(known_keys=["newer", "newest"]) == refused() == []
     assert len(refused(known_keys=["retired"], rollback={"deployment": ""})) == 1
 
+    rotations.append({**entry, "kind": "tokens", "step": "finished", "order": 4, "serial": 2})
+    facts = settled(app1=app(rotations=rotations), app2={"unreachable": True})
+    (told,) = refused(known_keys=["newest"], vault_serial=1)
+    assert "tokens (finished 1970-01-12T00:00:00Z by alex@desk)" in told and "git pull" in told
+    assert len(refused(known_keys=["retired"])) == 1, "a vault file without a serial"
+    assert refused(known_keys=["newest"], vault_serial=2) == []
+
 
 def test_status_names_what_is_half_rotated_or_overdue() -> None:
     begun = {"event": "rotation", "kind": "fernet", "step": "added", "at": "1970-01-12T00:00:00Z", "order": 1}

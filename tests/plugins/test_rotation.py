@@ -23,7 +23,7 @@ from ansible.module_utils.rotation import DONE, ESCROW, FERNET, TOKENS, fingerpr
 from ansible.module_utils.ssh_key import KeyFailure, KeyFile
 from ansible.module_utils.ssh_key import fingerprint as ssh_fingerprint
 from ansible.module_utils.vault_file import VaultError, VaultFile
-from ansible.module_utils.vault_spec import generate, random_fernet_key, random_password, value_errors
+from ansible.module_utils.vault_spec import SERIAL, generate, numbered, random_fernet_key, random_password, value_errors
 from ansible.parsing.vault import VaultLib, VaultSecret
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -89,6 +89,9 @@ class World:
     def check(self) -> None:
         """What must hold at every moment: everything that is in use is in the vault, and what is stored can be read."""
         assert value_errors(self.vault) == []
+        assert rotation.older_vault({"app1": self.journal}, self.serial) is None, (
+            "who rotates is told to get another vault"
+        )
         kept = [*self.vault[FERNET], *self.vault.get(ESCROW, [])]
         assert set(self.deployed[FERNET]) <= set(kept)
         assert set(self.rows) <= {fingerprint(key) for key in self.deployed[FERNET]}
@@ -98,6 +101,10 @@ class World:
                 assert self.roles.get(name) == password, f"{kind}: who uses {name} is refused"
         assert self.backup["vault_backup_repository_password"] in self.opens
         assert set(self.rows) <= {fingerprint(key) for key in [*self.backup[FERNET], *self.backup.get(ESCROW, [])]}
+
+    @property
+    def serial(self) -> int:
+        return int(self.vault.get(SERIAL, 0))
 
     def set_roles(self) -> None:
         """PostgreSQL as the inventory makes it of the vault."""
@@ -119,7 +126,11 @@ class World:
         self.change(lambda: setattr(self, "vault", json.loads(json.dumps(values))))
 
     def rekey(self) -> str:
-        self.change(lambda: setattr(self, "password", self.password + 1))
+        def effect() -> None:
+            self.password += 1
+            self.vault = numbered(self.vault)
+
+        self.change(effect)
         return "the vault password is another"
 
     # Hosts
@@ -154,7 +165,7 @@ class World:
             self.change(lambda: self.run(commands))
         if entry:
             # The clock of journals has whole seconds.
-            at = {"at": "2027-01-15T08:00:00Z", "order": len(self.journal)}
+            at = {"at": "2027-01-15T08:00:00Z", "order": len(self.journal), "serial": self.serial}
             self.change(lambda: self.journal.append({"event": "rotation", "kind": kind, **at, **entry}))
         return cut
 
@@ -277,6 +288,8 @@ def test_a_rotation_that_was_killed_goes_on(kind: str, revoke: bool, point: int,
     for name in (FERNET, TOKENS, *rotation.LOGINS["database"].fields.values()):
         assert world.deployed.get(name) == world.vault.get(name)
     assert world.backup == world.read(), "the backup host has other secrets, or another vault file in escrow"
+    told = rotation.older_vault({"app1": world.journal}, max(0, world.serial - 1))
+    assert (told is None) == (kind == "tls") and (told is None or f"{kind} (finished 2027-01-15T08:00:00Z by" in told)
     if kind == "fernet":
         (key,) = world.vault[FERNET]
         assert key not in old[FERNET] and set(world.rows) == {fingerprint(key)}
@@ -292,6 +305,38 @@ def test_a_rotation_that_was_killed_goes_on(kind: str, revoke: bool, point: int,
     if kind == "tokens":
         assert not old_tokens & set(world.accepted()) and len(world.accepted()) == len(old_tokens)
         assert [set(entry) for entry in world.vault[TOKENS]] == [{"name", "token", "scopes", "limits"}]
+
+
+PEM = "-----BEGIN CERTIFICATE-----\nx\n-----BEGIN RSA PRIVATE KEY-----\nx\n"  # pragma: allowlist secret
+
+
+def test_the_vault_from_before_a_certificate_was_put_into_it_is_told_from_the_one_after() -> None:
+    world = World()
+    world.vault["vault_haproxy_tls_pem"] = PEM
+    world.deadline, world.after = 4, False
+    with pytest.raises(Killed):
+        run(world, "tls")
+    run(world, "tls")
+    told = rotation.older_vault({"app1": world.journal}, 0)
+    assert told and "tls (finished" in told and world.backup == world.read()
+
+
+def test_a_vault_file_from_before_a_rotation_is_told_what_was_rotated_when_and_by_whom() -> None:
+    entry = {"event": "rotation", "step": DONE, "at": "2027-01-15T08:00:00Z"}
+    journals: dict[str, list[dict[str, Any]]] = {
+        "app1": [
+            entry | {"kind": "ssh", "order": 1},  # from before there were serials
+            entry | {"kind": "tokens", "order": 2, "serial": 2, "by": "kim@desk"},
+            entry | {"kind": "database", "order": 4, "serial": 5, "by": "alex@desk", "step": "moved"},
+            {"event": "finished", "at": "2027-01-15T09:00:00Z"},
+        ],
+        "app2": [entry | {"kind": "database", "order": 3, "serial": 4, "by": "alex@desk", "step": "added"}],
+    }
+    told = str(rotation.older_vault(journals, 1))
+    assert "tokens (finished 2027-01-15T08:00:00Z by kim@desk), database (moved" in told and "ssh" not in told
+    assert "git pull" in told and told.endswith("vault_serial: 5")
+    assert "tokens" not in str(rotation.older_vault(journals, 2)) and rotation.older_vault(journals, 5) is None
+    assert rotation.older_vault({"app1": journals["app1"][:1], "app2": []}, 0) is None
 
 
 def test_old_and_new_tokens_are_good_together_and_then_the_old_ones_are_not() -> None:
@@ -669,7 +714,7 @@ def test_a_password_that_is_changed_opens_the_vault_wherever_the_run_is_killed(
     assert any(way.is_file() and opened(checkout)._opens(way) for way in ways)
     if point != "no kill":
         opened(checkout).rekey()
-    assert password(checkout).read_text() != old and opened(checkout).read() == before
+    assert password(checkout).read_text() != old and opened(checkout).read() == before | {SERIAL: 1}
     assert not password(checkout).with_name("shop.next").exists()
     (checkout / "old").write_text(old)
     (checkout / "old").chmod(0o600)
