@@ -439,14 +439,14 @@ class RotationError(Exception):
 MOST_STEPS = 8
 
 
-def ssh(hosts: Hosts) -> Iterator[str]:
+def ssh(hosts: Hosts, mark: Mapping[str, Any]) -> Iterator[str]:
     """Replace the key with which Ansible connects: the new one is let in and tried everywhere before the old one is shut out."""
     key = hosts.key()
     if not under_way(hosts.state("ssh")):
         key.forget()
     new = key.make()
     if not under_way(hosts.state("ssh")):
-        hosts.do("ssh", (), entry={"step": "begun", "new": new})
+        hosts.do("ssh", (), entry={"step": "begun", "new": new, **mark})
     hosts.let_in(key)
     key.put_in_place()
     yield "the new key is let in, and every host was reached with it"
@@ -457,7 +457,7 @@ def ssh(hosts: Hosts) -> Iterator[str]:
     yield "the old key is refused everywhere"
 
 
-def tls(secrets: Secrets, hosts: Hosts) -> Iterator[str]:
+def tls(secrets: Secrets, hosts: Hosts, mark: Mapping[str, Any]) -> Iterator[str]:
     """Replace the certificates of the edges: in a lab by new ones of its authority, elsewhere by what the user put in place."""
     state, found = hosts.state("tls"), hosts.certificates()
     going_on = under_way(state)
@@ -469,7 +469,7 @@ def tls(secrets: Secrets, hosts: Hosts) -> Iterator[str]:
             "(vault_haproxy_tls_pem, or the file that haproxy_tls_pem names: docs/how-to/tls.md), then run this again."
         )
     if not going_on:
-        hosts.do("tls", (), entry={"step": "begun", "old": old})
+        hosts.do("tls", (), entry={"step": "begun", "old": old, **mark})
     if late:
         hosts.issue(old)
     if (vault := secrets.read()).get(CERTIFICATE):
@@ -480,15 +480,29 @@ def tls(secrets: Secrets, hosts: Hosts) -> Iterator[str]:
 
 
 def rotate(kind: str, secrets: Secrets, hosts: Hosts, now: float, overlap: float, revoke: bool) -> Iterator[str]:
-    """Rotate *kind*, and yield what is done, step by step. *now*: Unix time; *overlap*: seconds for which old tokens stay good."""
+    """Rotate *kind*, and yield what is done, step by step. *now*: Unix time; *overlap*: seconds for which old tokens stay good.
+
+    With *revoke* a rotation that was begun without it is ended, and what it has made is replaced in turn: it may have leaked as well.
+    """
+    state = hosts.state(kind)
+    earlier = revoke and under_way(state) and not state.get("revoke") and (kind != "tls" or hosts.issues)
+    if earlier:
+        yield from _rotate(kind, secrets, hosts, now, overlap, revoke, {})
+    yield from _rotate(kind, secrets, hosts, now, overlap, revoke, {"revoke": True} if revoke else {})
+
+
+def _rotate(
+    kind: str, secrets: Secrets, hosts: Hosts, now: float, overlap: float, revoke: bool, mark: Mapping[str, Any]
+) -> Iterator[str]:
+    """Do one rotation, or end one; *mark*: what its entries have besides."""
     if kind == "vault":
-        hosts.do(kind, (), entry={"step": "begun"})
+        hosts.do(kind, (), entry={"step": "begun", **mark})
         yield secrets.rekey()
         generation = int(hosts.state(kind).get("generation", 0)) + 1
         hosts.do(kind, ("backup",), entry={"step": DONE, "generation": generation})
         return
     if kind in ("tls", "ssh"):
-        yield from tls(secrets, hosts) if kind == "tls" else ssh(hosts)
+        yield from tls(secrets, hosts, mark) if kind == "tls" else ssh(hosts, mark)
         return
     for _ in range(MOST_STEPS):
         step = MACHINES[kind](secrets.read(), hosts.state(kind), now, overlap, revoke)
@@ -500,7 +514,7 @@ def rotate(kind: str, secrets: Secrets, hosts: Hosts, now: float, overlap: float
             acts = ["revoke", *step.after]
         finished = step.note["step"] == DONE
         generation = int(hosts.state(kind).get("generation", 0)) + 1
-        entry = {**step.note, **({"generation": generation} if finished else {})}
+        entry = {**step.note, **mark, **({"generation": generation} if finished else {})}
         cut = hosts.do(kind, acts, step.commands, entry)
         if step.vault is not None:
             secrets.write(numbered(step.vault))
