@@ -22,7 +22,8 @@ from ansible.module_utils.vault_spec import (
     random_token,
 )
 
-KINDS = ("tokens", "database", "backup", "fernet", "tls", "ssh", "vault")
+KINDS = ("tokens", "database", "backup", "fernet", "ssh", "vault", "tls")
+"""In the order in which all are rotated: the one that may have to wait for a certificate from elsewhere keeps no other waiting."""
 FERNET, ESCROW, TOKENS = "vault_atlas_fernet_keys", "vault_atlas_fernet_escrow", "vault_atlas_tokens"
 CERTIFICATE = "vault_haproxy_tls_pem"
 EVENT = "rotation"

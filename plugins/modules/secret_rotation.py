@@ -31,6 +31,10 @@ options:
     description: Whether the old tokens are refused as soon as the new ones are in service.
     type: bool
     default: false
+  freeze_override:
+    description: Why the deploys of this rotation cannot wait for the end of a freeze window.
+    type: str
+    default: ""
 author: Atlas
 attributes:
   check_mode:
@@ -79,15 +83,17 @@ SECONDS = 90_000
 class Fleet(rotation.Hosts):
     """The hosts of one environment, by playbooks that run in processes of their own; methods without a word do what Hosts says.
 
-    *how*: further arguments of these playbooks.
+    *how*: further arguments of these playbooks. *override*: why a freeze window does not stop the deploys, "" where it does.
     """
 
-    def __init__(self, inventory: Path, project: Path, secrets: VaultFile, how: Sequence[str]) -> None:
-        self.inventory, self.project, self.secrets, self.how = inventory, project, secrets, how
+    def __init__(
+        self, inventory: Path, project: Path, secrets: VaultFile, how: Sequence[str], override: str = ""
+    ) -> None:
+        self.inventory, self.project, self.secrets, self.how, self.override = inventory, project, secrets, how, override
         self.found = self.look()
         journals = {host: self.found["facts"].get(host, {}).get("journal", []) for host in self.found["hosts"]}
         self.states = rotation.states(journals)
-        serial = max((int(each["deploy_vault_serial"]) for each in self.found["variables"].values()), default=0)
+        serial = max((int(each.get("deploy_vault_serial", 0)) for each in self.found["variables"].values()), default=0)
         self.older_vault = rotation.older_vault(journals, serial)
         moments = [str(journal[0]["at"]) for journal in journals.values() if journal]
         self.first = min(map(rotation.unix, moments), default=None)
@@ -118,7 +124,9 @@ class Fleet(rotation.Hosts):
             archive = release_pin.find(self.project / "dist", serving)
         except (release_pin.PinError, release.ReleaseError) as error:
             raise rotation.RotationError(str(error)) from None
-        self.play("deploy.yml", {"release": str(archive), "deploy_warm_seconds": 0})
+        # It serves already: also where the inventory pins its successor, it may be deployed with other secrets.
+        variables = {"release": str(archive), "deploy_warm_seconds": 0, "release_pin_required": False}
+        self.play("deploy.yml", variables | ({"deploy_freeze_override": self.override} if self.override else {}))
 
     def do(
         self,
@@ -245,6 +253,7 @@ def main() -> None:
             "kinds": {"type": "list", "elements": "str", "default": []},
             "overlap_hours": {"type": "float", "default": 24.0},
             "revoke": {"type": "bool", "default": False},
+            "freeze_override": {"type": "str", "default": ""},
         },
         supports_check_mode=True,
     )
@@ -271,7 +280,7 @@ def main() -> None:
                 *(["-" + "v" * module._verbosity] if module._verbosity else []),
                 *(["--diff"] if module._diff else []),
             ]
-            fleet = Fleet(inventory, project, secrets, how)
+            fleet = Fleet(inventory, project, secrets, how, params["freeze_override"])
             if kinds and fleet.older_vault:
                 raise rotation.RotationError(fleet.older_vault)
             reasons = left_out(kinds, is_all, fleet, secrets)
