@@ -20,6 +20,7 @@ IDENTITY = ("-c", "user.name=Test", "-c", "user.email=test@example.invalid")
 PEM = "-----BEGIN RSA PRIVATE " + "KEY-----\n"
 AWS = "AKIA" + "Z7QXW3ERTY5UIOP2"
 TOKEN = "atl_" + "Zx9" * 14 + "q"
+VAULT_PASSWORD = "Zx9" * 14 + "-"
 PASSWORD = 'database_password = "' + "kM3dh28fJx0QpLr7" + '"\n'
 
 
@@ -60,6 +61,8 @@ def scan(checkout: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         ("tests/fixture.py", f"key = '{AWS}'\n", True),
         ("docs/page.md", f"curl -H 'Authorization: Bearer {TOKEN}'\n", True),
         ("tests/key.txt", PEM, True),
+        ("production.txt", VAULT_PASSWORD + "\n", True),  # as it lies in ~/.config/atlas/vault
+        ("production.txt", "a" * 43 + "\n", False),
         ("inventories/shop/group_vars/all/vault.yml", "vault_x: 1\n", True),
         ("inventories/shop/group_vars/all/vault.yml", "$ANSIBLE_VAULT;1.2;AES256;shop\n3636\n", False),
         ("inventories/shop/group_vars/all/release.yml", f"release_pin:\n  digest: {'0a1b2c3d' * 8}\n", False),
@@ -73,7 +76,7 @@ def test_what_looks_like_a_secret_is_named_and_not_quoted(checkout: Path, name: 
     done = scan(checkout)
     assert done.returncode == int(found), done.stdout + done.stderr
     assert done.stdout.startswith(f"{name}:1: ") is found
-    for secret in (AWS, TOKEN, PASSWORD.split('"')[1]):
+    for secret in (AWS, TOKEN, VAULT_PASSWORD, PASSWORD.split('"')[1]):
         assert secret not in done.stdout + done.stderr
 
 
@@ -89,6 +92,18 @@ def test_the_hook_judges_what_would_be_committed(checkout: Path) -> None:
     (checkout / "other.py").write_text("x = 1\n")
     git(checkout, "add", "other.py")
     git(checkout, "commit", "-qm", "clean")
+
+
+def test_the_hook_sees_a_file_that_was_a_link(checkout: Path) -> None:
+    """As group_vars that every environment shares are, until one has its own."""
+    link = checkout / "shared.py"
+    link.symlink_to("settings.py")
+    git(checkout, "add", "-A")
+    git(checkout, "commit", "-qm", "link")
+    link.unlink()
+    link.write_text(PASSWORD)
+    git(checkout, "add", "-A")
+    assert scan(checkout, "--staged").stdout.startswith("shared.py:1: ")
 
 
 @pytest.mark.parametrize(
