@@ -173,6 +173,17 @@ def test_a_file_that_others_can_read_is_refused(tmp_path: Path) -> None:
     assert "chmod 600" in answer.stderr
 
 
+def test_a_file_that_cannot_be_read_is_one_message(tmp_path: Path) -> None:
+    path = tmp_path / "home/.config/atlas/vault/staging"
+    path.mkdir(parents=True, mode=0o700)
+    path.chmod(0o700)
+    assert client(tmp_path, "staging").stderr == f"{path} cannot be read: Is a directory\n"
+    path.rmdir()
+    path.write_bytes(b"\xff\xfe\n")
+    path.chmod(0o600)
+    assert client(tmp_path, "staging").stderr == f"{path} cannot be read: it is not text\n"
+
+
 def test_a_failing_command_is_reported_with_its_words(tmp_path: Path) -> None:
     answer = client(tmp_path, "staging", ATLAS_VAULT_COMMAND="sh -c 'echo locked >&2; exit 3'")
     assert answer.returncode == 1
