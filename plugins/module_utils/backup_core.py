@@ -22,6 +22,8 @@ _CAUSES = (
         r"ciphertext verification failed|hash(?:es)? (?:does not|do not|is invalid)|does not match id|checksum mismatch|invalid data returned|"
         r"unexpected EOF|not referenced in any index|pack .* (?:does not exist|not found)|blob .* not found|truncated|"
         r"unable to load (?:tree|blob|index)|Pack ID does not match|repository contains errors|Load\(<|unexpected pack size|contains \d+ errors|wrong data|"
+        r"present in the manifest but not on disk|has size \d+ on disk but size \d+ in the manifest|no such file or directory: .*/wals/|"
+        r"end-of-stream marker|while decompressing|CRC check failed|not a gzipped file|"
         r"invalid page in block|page verification failed|recovery ended before configured recovery target|could not locate a valid checkpoint",
     ),
     ("full disk", r"no space left on device|disk quota exceeded"),

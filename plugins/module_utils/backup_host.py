@@ -338,6 +338,7 @@ class Backups:
         if self.wal is not None:
             for name in self.wal.bases():
                 self.wal.verify(name)
+            self.wal.verify_log()
         return {"backups": len(self.points())}
 
     def drill(self) -> dict[str, Any]:

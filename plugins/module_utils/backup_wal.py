@@ -6,11 +6,13 @@ segment that holds it has arrived and is closed.
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import re
 import shutil
 import time
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,9 @@ SERVER = "atlas"
 ARRIVAL_SECONDS = 60.0
 TOOL_SECONDS = 6 * 3600
 LAG_SECONDS = 60.0
+PIECE_BYTES = 1 << 20
+REBUILD = f"On the backup host, as its user: barman -c {BARMAN_CONFIG} rebuild-xlogdb {SERVER}"
+_LOG = re.compile(r"[0-9A-F]{24}(\.partial)?|[0-9A-F]{8}\.history")
 
 
 class Wal:
@@ -100,6 +105,34 @@ class Wal:
     def verify(self, name: str) -> None:
         """Compare every file of a base backup with the manifest that PostgreSQL made of it."""
         self.barman(f"verifying base backup {name}", "verify-backup", SERVER, name)
+
+    def verify_log(self) -> int:
+        """Read every file of the log; how many there are. A restore takes what Barman has listed: nothing else may be there, nor less.
+
+        Log that never came, because the slot was lost, is no damage: the increment said so then, and a base backup follows it.
+        """
+        wals, listed = self.home / "wals", self._log_listed()
+        there = {path.name: path for path in (*wals.glob("*/*"), *wals.glob("*")) if _LOG.fullmatch(path.name)}
+        if odd := min(listed.keys() ^ there.keys(), default=None):
+            raise _damaged(f"{odd} is missing" if odd in listed else f"{odd} is not in Barman's list. {REBUILD}")
+        for name, path in sorted(there.items()):
+            size, compression = listed[name]
+            found = path.stat().st_size
+            if found != size:
+                raise _damaged(f"{name} has {found} bytes, and had {size}")
+            if compression != "None":
+                _unpack(path)
+        return len(there)
+
+    def _log_listed(self) -> dict[str, tuple[int, str]]:
+        """Barman's list of the log, whose name differs between Debian 12 and 13: name -> size in bytes and compression."""
+        try:
+            lines = [
+                line.split() for path in (self.home / "wals").glob("*xlog.db") for line in path.read_text().splitlines()
+            ]
+            return {name: (int(size), compression) for name, size, _, compression in lines}
+        except ValueError as error:
+            raise _damaged(f"Barman's list: {error}. {REBUILD}") from None
 
     def expect_same(self) -> None:
         """Refuse a database that is not the one whose log is kept here: its log would be written over the last of that.
@@ -208,6 +241,20 @@ class Wal:
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(1)
+
+
+def _damaged(what: str) -> BackupError:
+    return BackupError(f"reading the log: damaged repository ({what})")
+
+
+def _unpack(path: Path) -> None:
+    """Unpack *path*, which is compressed and has a checksum; BackupError if that is not what was packed."""
+    try:
+        with gzip.open(path) as file:
+            while file.read(PIECE_BYTES):
+                pass
+    except (OSError, EOFError, zlib.error) as error:
+        raise _damaged(f"{path.name}: {error}") from None
 
 
 def _recover_to_the_end(target: Path) -> None:

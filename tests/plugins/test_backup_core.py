@@ -123,6 +123,13 @@ def test_times() -> None:
         ),
         ("pack 0bc: not referenced in any index", "damaged repository"),
         ("Pack ID does not match, want 1, got 2", "damaged repository"),
+        ('ERROR: pg_verifybackup: error: "base/5/1" is present in the manifest but not on disk', "damaged repository"),
+        ('error: "base/5/1" has size 6000 on disk but size 81920 in the manifest', "damaged repository"),
+        (
+            "EXCEPTION: {'err': \"[Errno 2] No such file or directory: '/x/barman/atlas/wals/0/1'\"}",
+            "damaged repository",
+        ),
+        ("EXCEPTION: {'err': 'Error -3 while decompressing data: invalid block type'}", "damaged repository"),
         ("DETAIL: invalid page in block 0 of relation base/16385/16412", "damaged repository"),
         ("FATAL:  recovery ended before configured recovery target was reached", "damaged repository"),
         ("Fatal: unable to save snapshot: write /x: no space left on device", "full disk"),

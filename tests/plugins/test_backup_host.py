@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
+import hashlib
 import json
 import os
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -272,6 +275,83 @@ def test_the_log_of_another_database_is_not_kept(tmp_path: Path) -> None:
         backups.job("increment", backups.increment)
     with pytest.raises(BackupError, match="playbooks/recover.yml"):
         backups.wal.receive()
+
+
+LOG = [
+    "0000000100000000000000FE",
+    "0000000100000000000000FF",
+    "000000010000000100000000",
+    # A restore ended the first timeline, and began the second elsewhere.
+    "000000010000000100000007.partial",
+    "000000020000000100000005",
+    "000000020000000100000006",
+]
+
+
+def kept_log(directory: Path, catalogue: str) -> Log:
+    """A log as Barman keeps it, with its list, the *catalogue*."""
+    wal = Log(directory)
+    wals = wal.home / "wals"
+    files = {wals / name[:16] / name: hashlib.shake_256(name.encode()).digest(9000) for name in LOG}
+    lines = []
+    for path, data in files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(gzip.compress(data))
+        lines.append(f"{path.name}\t{path.stat().st_size}\t1900000000.0\tpygzip\n")
+    (wals / "00000002.history").write_text("1\t0/0\n")
+    lines.append("00000002.history\t6\t1900000000.0\tNone\n")
+    (wals / catalogue).write_text("".join(lines))
+    return wal
+
+
+@pytest.mark.parametrize("catalogue", ["xlog.db", "atlas-xlog.db"])
+def test_every_segment_of_the_log_is_read(tmp_path: Path, catalogue: str) -> None:
+    """Debian 13 has another name for the list."""
+    wal = kept_log(tmp_path, catalogue)
+    assert wal.verify_log() == 7
+    path = wal.home / "wals" / LOG[1][:16] / LOG[1]
+    whole = path.read_bytes()
+    for hurt in (b"", whole[:-2000], whole[:6000] + b"XXXX" + whole[6004:]):
+        path.write_bytes(hurt)
+        with pytest.raises(BackupError, match=rf"damaged repository \({LOG[1]}[: ]"):
+            wal.verify_log()
+    path.write_bytes(whole)
+    assert wal.verify_log() == 7
+
+
+@pytest.mark.parametrize("name", [*LOG, "00000002.history"])
+def test_a_file_of_the_log_that_is_missing_is_named_wherever_it_was(tmp_path: Path, name: str) -> None:
+    wal = kept_log(tmp_path, "xlog.db")
+    next(wal.home.rglob(name)).unlink()
+    with pytest.raises(BackupError, match=rf"damaged repository \({name} is missing\)"):
+        wal.verify_log()
+    # As the list is when it was built anew: that part of the past is given up.
+    catalogue = wal.home / "wals" / "xlog.db"
+    lines = catalogue.read_text().splitlines(keepends=True)
+    catalogue.write_text("".join(line for line in lines if not line.startswith(f"{name}\t")))
+    assert wal.verify_log() == 6
+
+
+@pytest.mark.parametrize(
+    ("listed", "named"),
+    [(lambda text: "", LOG[0]), (lambda text: text.replace("pygzip", "py gzip", 1), "list"), (None, LOG[0])],
+)
+def test_log_that_no_restore_would_take_is_named(
+    tmp_path: Path, listed: Callable[[str], str] | None, named: str
+) -> None:
+    """A restore takes what is listed, and without a list nothing at all."""
+    wal = kept_log(tmp_path, "xlog.db")
+    catalogue = wal.home / "wals" / "xlog.db"
+    if listed:
+        catalogue.write_text(listed(catalogue.read_text()))
+    else:
+        catalogue.unlink()
+    with pytest.raises(BackupError, match=f"damaged repository .*{named}.* rebuild-xlogdb atlas"):
+        wal.verify_log()
+
+
+def test_a_repository_without_a_log_is_whole(tmp_path: Path) -> None:
+    assert Log(tmp_path).verify_log() == 0
 
 
 def test_a_moment_at_which_housekeeping_removed_rows_is_not_counted_by(tmp_path: Path) -> None:
