@@ -210,11 +210,8 @@ class Wal:
         """
         self.barman("putting the log in order", "archive-wal", SERVER)
         options = ["--target-tli", str(to.get("timeline", "latest"))]
-        options += ["--target-action", "promote"] if to else []
         if "name" in to:
-            options += ["--target-name", str(to["name"])]
-        elif "time" in to:
-            options += ["--target-time", time.strftime("%Y-%m-%d %H:%M:%S+00:00", time.gmtime(float(to["time"])))]
+            options += ["--target-action", "promote", "--target-name", str(to["name"])]
         self.barman("restoring", "recover", *options, SERVER, base, str(target))
         log = target / "barman_wal"
         log.mkdir(exist_ok=True)
@@ -223,8 +220,8 @@ class Wal:
             whole = log / path.name.removesuffix(".partial")
             if not whole.exists() and path.stat().st_size:
                 shutil.copyfile(path, whole)
-        if not to:
-            _recover_to_the_end(target)
+        if "name" not in to:
+            _say_how_far(target, to)
 
     def restart(self) -> None:
         """Take up the log of a database that was restored: what was half received belongs to another past, and is kept with it."""
@@ -257,12 +254,20 @@ def _unpack(path: Path) -> None:
         raise _damaged(f"{path.name}: {error}") from None
 
 
-def _recover_to_the_end(target: Path) -> None:
-    """Without a target Barman leaves recovery to PostgreSQL's crash recovery; say that all of the log is wanted."""
+def _say_how_far(target: Path, to: Mapping[str, Any]) -> None:
+    """Have *target* recovered with all of the log, or to a time of it.
+
+    Without a target Barman leaves recovery to PostgreSQL's crash recovery. With a time the Barman of Debian 12 leaves out the log behind
+    the segment that was written then, and PostgreSQL knows that it has reached a time only by a later commit.
+    """
     settings = target / "postgresql.auto.conf"
     text = settings.read_text() if settings.exists() else ""
     if "restore_command" not in text:
         text += "restore_command = 'cp barman_wal/%f %p'\n"
+    if "time" in to:
+        at = time.strftime("%Y-%m-%d %H:%M:%S+00:00", time.gmtime(float(to["time"])))
+        text += f"recovery_target_time = '{at}'\nrecovery_target_action = 'promote'\n"
+        text += f"recovery_target_timeline = '{to.get('timeline', 'latest')}'\n"
     settings.write_text(text)
     (target / "recovery.signal").touch()
 

@@ -354,6 +354,39 @@ def test_a_repository_without_a_log_is_whole(tmp_path: Path) -> None:
     assert Log(tmp_path).verify_log() == 0
 
 
+@pytest.mark.parametrize(
+    ("to", "asked", "wanted"),
+    [
+        ({}, ["latest"], ["restore_command = 'cp barman_wal/%f %p'"]),
+        (
+            {"time": 1900000000.0, "timeline": 2},
+            ["2"],
+            [
+                "restore_command = 'cp barman_wal/%f %p'",
+                "recovery_target_time = '2030-03-17 17:46:40+00:00'",
+                "recovery_target_action = 'promote'",
+                "recovery_target_timeline = '2'",
+            ],
+        ),
+        ({"name": "p1", "timeline": 2}, ["2", "--target-action", "promote", "--target-name", "p1"], None),
+    ],
+)
+def test_all_of_the_log_is_laid_out_whatever_is_wanted(
+    tmp_path: Path, to: dict[str, Any], asked: list[str], wanted: list[str] | None
+) -> None:
+    """Barman names a point itself; for all else it is given no target, by which it would leave log out."""
+    wal = Log(tmp_path)
+    target = tmp_path / "pgdata"
+    target.mkdir()
+    given: list[tuple[str, ...]] = []
+    wal.barman = lambda doing, *arguments: given.append(arguments) or ""  # type: ignore[method-assign,func-returns-value]
+    wal.recover("base", target, to)
+    assert given[-1] == ("recover", "--target-tli", *asked, "atlas", "base", str(target))
+    settings = target / "postgresql.auto.conf"
+    assert (settings.read_text().splitlines() if settings.exists() else None) == wanted
+    assert (target / "recovery.signal").exists() == (wanted is not None)
+
+
 def test_a_moment_at_which_housekeeping_removed_rows_is_not_counted_by(tmp_path: Path) -> None:
     backups = Replicated(tmp_path)
     backups.counts = [9, 7, 8]
