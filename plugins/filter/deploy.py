@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,16 @@ import ansible.module_utils
 
 ansible.module_utils.__path__.append(str(Path(__file__).resolve().parent.parent / "module_utils"))
 
-from ansible.module_utils import canary, deploy_hooks, deploy_plan, deploy_status, release, release_pin, settings_check  # noqa: E402
+from ansible.module_utils import (  # noqa: E402
+    canary,
+    deploy_hooks,
+    deploy_plan,
+    deploy_status,
+    release,
+    release_pin,
+    rotation,
+    settings_check,
+)
 from ansible.module_utils.controller import controller, is_dead, judge  # noqa: E402
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -222,6 +231,12 @@ def status(
     return {**state, "secrets": deploy_status.rotations(app, policy or {}, time.time())}
 
 
+def older_vault(facts: Iterable[Mapping[str, Any]], serial: int | str) -> str:
+    """Return :func:`rotation.older_vault` for the *facts* of the hosts that have any, "" where nothing is wrong."""
+    journals = {str(index): fact.get("rotations", []) for index, fact in enumerate(facts)}
+    return rotation.older_vault(journals, int(serial)) or ""
+
+
 def locks(facts: deploy_plan.Facts) -> list[str]:
     """Return :func:`deploy_status.locks` as this controller and moment see it."""
     return deploy_status.locks(facts, judge, time.time())
@@ -257,4 +272,5 @@ class FilterModule:
             "deploy_returned": returned,
             "deploy_table": deploy_status.table,
             "deploy_locks": locks,
+            "deploy_older_vault": older_vault,
         }

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import deploy
 import pytest
+import yaml
 from ansible.module_utils import deploy_hooks, deploy_plan
+
+PROJECT = Path(__file__).resolve().parents[2]
 
 LIMITS = {"samples": 20, "error_percent": 1.0, "slow_percent": 10.0, "slow_ms": 100, "job_percent": 10.0}
 PLAN: dict[str, Any] = {
@@ -34,6 +38,23 @@ def variables(**other: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def counts(requests: int, errors: int = 0) -> dict[str, Any]:
     return {"requests": requests, "errors": errors, "histogram": {}}
+
+
+def test_nothing_is_provisioned_with_a_vault_file_from_before_a_rotation() -> None:
+    """It would give the database back the passwords of before: whatever serves would be refused."""
+    entry = {
+        "event": "rotation",
+        "kind": "database",
+        "step": "finished",
+        "at": "2027-01-15T08:00:00Z",
+        "order": 5,
+        "serial": 4,
+    }
+    facts: list[dict[str, Any]] = [{"rotations": [entry]}, {"unreachable": True}, {}]  # one that is gone, and a new one
+    assert "database (finished" in deploy.older_vault(facts, "3")
+    assert deploy.older_vault(facts, 4) == deploy.older_vault(facts[1:], 0) == ""
+    first, second = yaml.safe_load((PROJECT / "playbooks/site.yml").read_text())[:2]
+    assert first["tasks"][0]["ansible.builtin.import_role"]["tasks_from"] == "secrets" and second["hosts"] == "all"
 
 
 def test_a_playbook_that_is_only_read_names_all_hosts_and_one_without_a_plan_none() -> None:
