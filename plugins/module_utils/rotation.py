@@ -84,6 +84,12 @@ def unix(moment: str) -> float:
     return datetime.datetime.fromisoformat(moment).timestamp()
 
 
+def newest(journals: Mapping[str, Sequence[Mapping[str, Any]]]) -> Mapping[str, Any]:
+    """Return the entry that a rotation of any kind has made last, {} where there is none."""
+    entries = [entry for journal in journals.values() for entry in journal if entry.get("event") == EVENT]
+    return max(entries, key=lambda entry: int(entry.get("order", 0)), default={})
+
+
 def under_way(state: State) -> bool:
     """Tell whether a rotation with the last entry *state* was begun and is not over."""
     return bool(state.get("step")) and state.get("step") != DONE

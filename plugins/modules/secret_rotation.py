@@ -91,8 +91,9 @@ class Fleet(rotation.Hosts):
     ) -> None:
         self.inventory, self.project, self.secrets, self.how, self.override = inventory, project, secrets, how, override
         self.found = self.look()
-        journals = {host: self.found["facts"].get(host, {}).get("journal", []) for host in self.found["hosts"]}
+        journals = self.journals()
         self.states = rotation.states(journals)
+        self.order = int(rotation.newest(journals).get("order", 0))
         serial = max((int(each.get("deploy_vault_serial", 0)) for each in self.found["variables"].values()), default=0)
         self.older_vault = rotation.older_vault(journals, serial)
         moments = [str(journal[0]["at"]) for journal in journals.values() if journal]
@@ -110,6 +111,10 @@ class Fleet(rotation.Hosts):
         archives = self.project / ARCHIVES
         return survey.take(self.inventory, self.project, archives=archives, also="ansible_ssh_private_key_file")
 
+    def journals(self) -> dict[str, list[dict[str, Any]]]:
+        """Return app host → its journal, as it was looked at last."""
+        return {host: self.found["facts"].get(host, {}).get("journal", []) for host in self.found["hosts"]}
+
     def state(self, kind: str) -> rotation.State:
         return self.states[kind]
 
@@ -117,6 +122,12 @@ class Fleet(rotation.Hosts):
         """Deploy the release in service with what the vault says now; its predecessor, with old credentials, is not kept warm."""
         # A rotation takes long: what somebody else has deployed since it began is not taken back.
         self.found = self.look()
+        last = rotation.newest(self.journals())
+        if int(last.get("order", 0)) > self.order:
+            raise rotation.RotationError(
+                f"{last.get('by', 'somebody')} rotates {last['kind']} at the same time, with another vault file ({last['step']}, {last['at']}). "
+                "Let one of you end it first; whoever goes on needs the vault file of the other: git pull"
+            )
         serving = promotion_plan.source_release(self.found)
         if not serving["id"]:
             raise rotation.RotationError("Nothing is in service, so nothing uses the secrets: deploy first.")
@@ -135,7 +146,7 @@ class Fleet(rotation.Hosts):
         commands: Sequence[Sequence[str]] = (),
         entry: Mapping[str, Any] | None = None,
     ) -> list[str]:
-        order = max(time.time_ns(), int(self.states[kind].get("order", 0)) + 1)
+        order = max(time.time_ns(), self.order + 1)
         whole = {"kind": kind, "order": order, "by": controller()["holder"], **entry} if entry else {}
         of = rotation.LOGINS.get(kind)
         previous = self.secrets.read().get(of.previous) if of and "idle" in acts else None
@@ -152,7 +163,7 @@ class Fleet(rotation.Hosts):
             self.play("rotate_hosts.yml", variables)
             cut = json.loads(answer.read_text(encoding="utf-8")) if answer.exists() else []
         if entry:
-            now = time.time()
+            self.order, now = order, time.time()
             at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now))
             self.states[kind] = {**self.states[kind], **whole, "at": at}
             if entry["step"] == rotation.DONE:

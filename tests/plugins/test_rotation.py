@@ -619,6 +619,40 @@ def test_a_release_that_was_deployed_during_a_rotation_stays(tmp_path: Path, mon
     assert deployed == ["ours", "theirs"]
 
 
+def test_two_who_rotate_at_the_same_time_do_not_undo_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has a checkout of their own: what one deploys would bring back what the other has replaced."""
+    journal: list[dict[str, Any]] = []
+    deploys: list[str] = []
+
+    def look(*_: Any, **__: Any) -> dict[str, Any]:
+        facts = {"app1": {"journal": list(journal)}}
+        return {"environment": "shop", "groups": {}, "hosts": ["app1"], "variables": {"app1": {}}, "facts": facts}
+
+    def play(_: Any, playbook: str, variables: Mapping[str, Any]) -> None:
+        if playbook == "rotate_hosts.yml":
+            journal.append({"event": "rotation", "at": "2027-01-15T08:00:00Z", **variables["rotate_entry"]})
+        else:
+            deploys.append(playbook)
+
+    monkeypatch.setattr(survey, "take", look)
+    monkeypatch.setattr(promotion_plan, "source_release", lambda _: {"id": "ours"})
+    monkeypatch.setattr(release_pin, "find", lambda *_: "ours.tar.gz")
+    monkeypatch.setattr(secret_rotation.Fleet, "play", play)
+    secrets: Any = None
+    mine, theirs = (secret_rotation.Fleet(tmp_path / "inventory", tmp_path, secrets, []) for _ in range(2))
+    mine.do("tokens", (), entry={"step": "begun"})
+    mine.deploy()
+    mine.do("tokens", (), entry={"step": DONE})
+    with pytest.raises(rotation.RotationError, match="rotates tokens at the same time, with another vault file"):
+        theirs.deploy()
+    mine.deploy()
+    again = secret_rotation.Fleet(tmp_path / "inventory", tmp_path, secrets, [])
+    again.deploy()
+    assert len(deploys) == 3 and [entry["order"] for entry in journal] == sorted({entry["order"] for entry in journal})
+
+
 def test_a_pin_or_a_freeze_for_the_next_release_keeps_no_leaked_secret_in_service(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
