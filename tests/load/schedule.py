@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from typing import NamedTuple
 
 FRESH, KEPT, SLOW_BODY, SLOW_ANSWER = "fresh", "kept", "slow_body", "slow_answer"
@@ -36,14 +37,21 @@ class Schedule(NamedTuple):
         return Request(number, number / self.rate, self._kind(turn), number % self.edges)
 
     def _kind(self, turn: int) -> str:
+        # Drawn, not every so many: a proxy that takes its servers in turn would give all slow requests to one of them.
         bodies = max(LEAST_INTERVAL, math.ceil(self.rate / SLOW_BODIES_PER_SECOND))
         answers = max(2 * LEAST_INTERVAL, math.ceil(self.rate / SLOW_ANSWERS_PER_SECOND))
-        if self.slow and turn % bodies == bodies // 2:
+        if self.slow and _is_drawn(turn, bodies, SLOW_BODY):
             return SLOW_BODY
-        if self.slow and turn % answers == answers // 3:
+        if self.slow and _is_drawn(turn, answers, SLOW_ANSWER):
             return SLOW_ANSWER
-        return KEPT if turn % 2 else FRESH
+        return KEPT if _is_drawn(turn, 2, KEPT) else FRESH
 
     def count(self, seconds: float) -> int:
         """Return how many requests are due in the first *seconds*."""
         return max(0, math.ceil(seconds * self.rate - 1e-9))
+
+
+def _is_drawn(turn: int, interval: int, kind: str) -> bool:
+    """Return whether *turn* is the one of *kind* among its *interval* neighbours."""
+    block, place = divmod(turn, interval)
+    return random.Random(f"{kind} {block}").randrange(interval) == place  # noqa: S311 - the same each time

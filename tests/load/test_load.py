@@ -163,6 +163,16 @@ def test_the_schedule_is_even_mixed_and_the_same_each_time() -> None:
         assert kinds[FRESH, edge] > 600 and kinds[KEPT, edge] > 600
 
 
+@pytest.mark.parametrize("rate", [10, 30])
+@pytest.mark.parametrize("servers", [2, 3, 6])
+def test_servers_that_take_turns_get_the_same_mix(rate: int, servers: int) -> None:
+    schedule = Schedule(rate)
+    kinds = Counter((schedule.request(number).kind, number % servers) for number in range(12000))
+    for kind in (FRESH, KEPT, SLOW_BODY, SLOW_ANSWER):
+        counts = [kinds[kind, server] for server in range(servers)]
+        assert min(counts) > max(counts) / 2, (kind, counts)
+
+
 def test_a_schedule_without_slow_requests_has_none() -> None:
     schedule = Schedule(7, slow=False)
     assert {schedule.request(number).kind for number in range(1000)} == {FRESH, KEPT}
