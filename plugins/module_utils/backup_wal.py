@@ -26,6 +26,12 @@ SERVER = "atlas"
 ARRIVAL_SECONDS = 60.0
 TOOL_SECONDS = 6 * 3600
 LAG_SECONDS = 60.0
+RECEIVER_SECONDS = 20.0
+"""A rotation restarts the receiver: it may be away for so long before that is a failure."""
+RECEIVER = (
+    "SELECT extract(epoch FROM clock_timestamp() - reply_time), pg_wal_lsn_diff(pg_current_wal_lsn(), write_lsn)"
+    " FROM pg_stat_replication WHERE application_name = 'barman_receive_wal'"
+)
 PIECE_BYTES = 1 << 20
 REBUILD = f"On the backup host, as its user: barman -c {BARMAN_CONFIG} rebuild-xlogdb {SERVER}"
 _LOG = re.compile(r"[0-9A-F]{24}(\.partial)?|[0-9A-F]{8}\.history")
@@ -188,10 +194,9 @@ class Wal:
         """Put what has arrived in order, and tell how far behind the repository is."""
         try:
             self.expect_same()
-            row = self.sql(
-                "SELECT extract(epoch FROM clock_timestamp() - reply_time), pg_wal_lsn_diff(pg_current_wal_lsn(), write_lsn)"
-                " FROM pg_stat_replication WHERE application_name = 'barman_receive_wal'"
-            )
+            deadline = time.monotonic() + RECEIVER_SECONDS
+            while not (row := self.sql(RECEIVER)) and time.monotonic() < deadline:
+                time.sleep(1)
         except BackupError as error:
             raise BackupError(f"the log of the database is not received: {error}") from None
         if not row:
