@@ -81,7 +81,9 @@ class Agent:
                 files.append(("atlas.db", copy))
             manifest["archives"] = sorted(path.name for path in (self.host.root / "archives").glob("*.tar.gz"))
             with tempfile.TemporaryDirectory() as scratch:
-                send(out, [("manifest.json", _written(Path(scratch, "manifest.json"), manifest)), *files])
+                files.insert(0, ("manifest.json", _written(Path(scratch, "manifest.json"), manifest)))
+                # A deploy that ends now removes what it no longer retains.
+                send(out, files, may_vanish=True)
 
     @contextlib.contextmanager
     def _scratch(self) -> Any:
@@ -113,7 +115,8 @@ class Agent:
         for path in sorted((self.host.root / "archives").glob("*.tar.gz")):
             signature = path.with_name(f"{path.name}.sig")
             if path.name not in have and signature.exists():
-                files += [(f"archives/{path.name}", path), (f"archives/{signature.name}", signature)]
+                # A deploy removes the archive first: what is kept never lacks its signature.
+                files += [(f"archives/{signature.name}", signature), (f"archives/{path.name}", path)]
         return files
 
     def status(self, text: str) -> None:

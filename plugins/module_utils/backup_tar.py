@@ -17,11 +17,18 @@ _END = "end-of-stream"
 _NAME = re.compile(r"(?!/)(?!.*(?:^|/)\.\.(?:/|$))[A-Za-z0-9._+@=,:/ -]{1,240}")
 
 
-def send(out: IO[bytes], files: Iterable[tuple[str, Path]]) -> None:
-    """Write each file (name in the stream, path) to *out*; directories keep theirs, links are not followed."""
+def send(out: IO[bytes], files: Iterable[tuple[str, Path]], may_vanish: bool = False) -> None:
+    """Write each file (name in the stream, path) to *out*; directories keep theirs, links are not followed.
+
+    *may_vanish*: a file that is gone when its turn comes is left out.
+    """
     with tarfile.open(fileobj=out, mode="w|", format=tarfile.PAX_FORMAT, bufsize=_BLOCK) as stream:
         for name, path in files:
-            stream.add(path, arcname=name, recursive=False)
+            try:
+                stream.add(path, arcname=name, recursive=False)
+            except FileNotFoundError:
+                if not may_vanish:
+                    raise
         # A stream that is cut between two files looks like one that has ended.
         stream.addfile(tarfile.TarInfo(_END))
 

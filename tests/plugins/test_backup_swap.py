@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import getpass
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -244,6 +245,24 @@ def test_an_export_holds_what_rebuilds_the_host(agent: backup_agent.Agent, tmp_p
         "manifest.json",
     ]
     assert list((tmp_path / "lib" / "backup").iterdir()) == [], "the copy of the store is left on the host"
+
+
+def test_what_a_deploy_removes_during_an_export_is_left_out(agent: backup_agent.Agent, tmp_path: Path) -> None:
+    deploy(agent)
+    old = agent.host.deployment(2)
+    shutil.copytree(agent.host.deployment(3), old)
+    answers = agent.host.run
+
+    def meanwhile(argv: list[str], **given: Any) -> Done:
+        shutil.rmtree(old)
+        for path in (agent.host.root / "archives").glob("0.0.9-old*"):
+            path.unlink()
+        return answers(argv, **given)
+
+    agent.host.run = meanwhile
+    target = exported(agent, tmp_path, "sqlite", set())
+    assert [path.name for path in (target / "deployments").iterdir()] == ["3"]
+    assert sorted(path.name for path in (target / "archives").iterdir()) == ["0.1.0-abc.tar.gz", "0.1.0-abc.tar.gz.sig"]
 
 
 def test_before_the_first_deployment_there_is_only_a_manifest(agent: backup_agent.Agent, tmp_path: Path) -> None:
