@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import ansible.module_utils
 import yaml
+from ansible import constants as C  # type: ignore[attr-defined]  # noqa: N812 - as Ansible's own plugins do
 from ansible import context  # type: ignore[attr-defined]
 from ansible.errors import AnsibleError
 from ansible.parsing.vault import VaultLib, VaultSecret
@@ -46,7 +47,8 @@ options:
     type: str
 """
 
-READ_OTHERS = {"promote.yml", "config_diff.yml"}
+READ_OTHERS = {"promote.yml": "-e from=staging -e to=production", "config_diff.yml": "-e a=staging -e b=production"}
+"""Playbooks that read inventories in processes of their own, and how they are told which."""
 CLIENT = Path(__file__).resolve().parents[2] / "bin" / "vault-client"
 
 
@@ -56,13 +58,16 @@ class InventoryModule(BaseInventoryPlugin):  # type: ignore[misc]
     NAME = "environment"
 
     def verify_file(self, path: str) -> bool:
-        """Whether this source is ours: a file called environment.yml."""
+        """Whether this source is ours: a file called environment.yml. Every source is asked about, whatever it is."""
+        _refuse_inventory()
         return Path(path).name == "environment.yml" and bool(super().verify_file(path))
 
     def parse(self, inventory: Any, loader: Any, path: str, cache: bool = True) -> None:
         """Open the vault of the environment at `path`."""
         super().parse(inventory, loader, path, cache)
-        if _reads_others():
+        if _others_read():
+            # Neither hosts nor variables: group_vars would come to localhost too, and with them a vault file that nobody opened.
+            loader.find_vars_files = lambda *_, **__: []
             return
         self._read_config_data(path)
         vault_id = self.get_option("vault_id")
@@ -142,10 +147,21 @@ def _opened(text: bytes, vault_id: str, secret: VaultSecret) -> bytes | None:
         return None
 
 
-def _reads_others() -> bool:
-    """Whether these are playbooks that read inventories in processes of their own; the one in ansible.cfg is not wanted then."""
-    playbooks = {Path(name).name for name in context.CLIARGS.get("args") or ()}
-    return bool(playbooks) and playbooks <= READ_OTHERS
+def _others_read() -> list[str]:
+    """Return the playbooks of this run, if all of them read other inventories; the one in ansible.cfg is not wanted then."""
+    playbooks = sorted(Path(name).name for name in context.CLIARGS.get("args") or ())
+    return playbooks if set(playbooks) <= READ_OTHERS.keys() else []
+
+
+def _refuse_inventory() -> None:
+    """End the run if it was given an inventory (-i) and its playbooks take none."""
+    given = list(context.CLIARGS.get("inventory") or ())
+    if given != list(C.DEFAULT_HOST_LIST) and _runs_tasks():
+        for playbook in _others_read():
+            _fail(
+                f"{playbook} takes no inventory, but was given -i {' -i '.join(given)}. It reads two by itself, apart from each other, "
+                f"because read together they merge. Nothing was done. Do: ansible-playbook playbooks/{playbook} {READ_OTHERS[playbook]}"
+            )
 
 
 def _runs_tasks() -> bool:

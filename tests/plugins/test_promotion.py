@@ -350,6 +350,9 @@ def test_two_environments_are_compared_each_in_a_process_of_its_own(
         password.write_text(random_password() + "\n")
         password.chmod(0o600)
         encrypt_vault(tmp_path / "inventories" / name / "group_vars/all/vault.yml", name, password)
+    # The inventory of ansible.cfg (here: of the environment) has a vault as well, which this user cannot open, and need not.
+    encrypt_vault(tmp_path / "inventories/development/group_vars/all/vault.yml", "development", password)
+    monkeypatch.setenv("ANSIBLE_INVENTORY", str(tmp_path / "inventories/development"))
     # Only production has it: read together with staging it would be in both.
     with (tmp_path / "inventories/production/group_vars/app/main.yml").open("a") as file:
         file.write("  user_agent: of-production-alone\n")
@@ -373,3 +376,22 @@ def test_two_environments_are_compared_each_in_a_process_of_its_own(
         assert len(secrets) >= 3
         for text in secrets:
             assert text not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "playbook", "command"),
+    [
+        ("inventories/production", "promote.yml", "-e from=staging -e to=production"),
+        ("inventories/production/hosts.yml", "promote.yml", "-e from=staging -e to=production"),
+        ("localhost,", "config_diff.yml", "-e a=staging -e b=production"),
+    ],
+)
+def test_they_take_no_inventory_and_say_how_they_are_told_which(given: str, playbook: str, command: str) -> None:
+    tool = str(Path(sys.executable).with_name("ansible-playbook"))
+    words = [tool, "-i", given, f"playbooks/{playbook}"]
+    done = subprocess.run(words, cwd=PROJECT, capture_output=True, text=True, timeout=60, check=False)
+    said = done.stdout + done.stderr
+    assert done.returncode == 4 and said.count("ERROR") == 1, said
+    assert f"{playbook} takes no inventory" in said and f"ansible-playbook playbooks/{playbook} {command}\n" in said, (
+        said
+    )
