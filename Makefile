@@ -33,7 +33,7 @@ down: bootstrap ## remove what `make up` made for a lab [LAB=development]
 vault: bootstrap ## secrets of a real environment, at first use: ENV=production
 	@$(VENV)/bin/python bin/new-vault "$(ENV)"
 
-rehearse: bootstrap ## a deploy to ENV in a lab of its shape, under load, judged [RELEASE=FILE] [PRESENT=FILE] [KEEP=1]
+rehearse: bootstrap ## a promotion and deploy to ENV in a lab of its shape, under load, judged [RELEASE=FILE] [PRESENT=FILE] [KEEP=1]
 	@$(VENV)/bin/python bin/rehearse "$(ENV)" $(if $(RELEASE),--release "$(RELEASE)") $(if $(PRESENT),--present "$(PRESENT)") \
 	  $(if $(KEEP),--keep)
 

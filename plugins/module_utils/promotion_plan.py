@@ -23,6 +23,8 @@ GATES = {
     "settings": "it accepts the target's settings",
     "freeze": "the target is not frozen",
 }
+OF_SOURCE = ("digest", "soak", "health", "errors")
+"""Gates that judge how the source fares; the others judge whether the release fits the target."""
 Finding = tuple[str, str]
 
 
@@ -64,11 +66,19 @@ def _unix(moment: str) -> float:
     return datetime.datetime.fromisoformat(moment).timestamp()
 
 
-def refusals(source: Mapping[str, Any], target: Mapping[str, Any], override: Sequence[str], reason: str) -> list[str]:
-    """Return why this is no promotion at all: no gate, and nothing to override."""
+def refusals(
+    source: Mapping[str, Any] | None, target: Mapping[str, Any], override: Sequence[str], reason: str
+) -> list[str]:
+    """Return why this is no promotion at all: no gate, and nothing to override. *source*: None for a release from a file."""
     found = []
     allowed = target["limits"]["from"]
-    if not allowed:
+    if source is None:
+        if not target["lab"]:
+            found.append(
+                f"{target['environment']} is no lab: it takes no release from a file, only what serves in {allowed or 'another environment'}, "
+                "so that it has proved itself there. Promote that: -e from=ENVIRONMENT"
+            )
+    elif not allowed:
         found.append(f"Nothing is promoted to {target['environment']}: its inventory sets no promotion_from.")
     elif source["environment"] != allowed:
         found.append(
@@ -84,7 +94,7 @@ def refusals(source: Mapping[str, Any], target: Mapping[str, Any], override: Seq
 
 
 def findings(
-    source: Mapping[str, Any],
+    source: Mapping[str, Any] | None,
     target: Mapping[str, Any],
     release: Mapping[str, Any],
     settings: Sequence[str],
@@ -93,20 +103,24 @@ def findings(
     """Return all that speaks against promoting *release* from *source* to *target*, each with the gate it belongs to.
 
     *release*: result of :func:`source_release` with what the archive says: error, signer, schema. *settings*: what it refuses
-    of the target's settings.
+    of the target's settings. Without *source*, for a release from a file, the gates OF_SOURCE are not looked at.
     """
-    if release["id"] is None:
+    if source is not None and release["id"] is None:
         return [("digest", f"No release is in service in {source['environment']}. Deploy one there first.")]
     return [
-        *_digest(source, release),
+        *(_digest(source, release) if source is not None else []),
         *([("signature", str(release["error"]))] if release.get("error") else []),
-        *_soak(source, target, release, now),
-        *_health(source, target),
-        *_errors(source, target, release),
+        *(_fares(source, target, release, now) if source is not None else []),
         *_schema(target, release),
         *(("settings", text) for text in settings),
         *(("freeze", text) for text in _frozen(target, now)),
     ]
+
+
+def _fares(
+    source: Mapping[str, Any], target: Mapping[str, Any], release: Mapping[str, Any], now: float
+) -> list[Finding]:
+    return [*_soak(source, target, release, now), *_health(source, target), *_errors(source, target, release)]
 
 
 def _digest(source: Mapping[str, Any], release: Mapping[str, Any]) -> list[Finding]:
@@ -235,21 +249,21 @@ def decide(
 
 
 def pin(
-    source: Mapping[str, Any],
+    source: Mapping[str, Any] | None,
     target: Mapping[str, Any],
     release: Mapping[str, Any],
     overridden: Mapping[str, str],
     who: str,
     now: float,
 ) -> dict[str, Any]:
-    """Return the target's new pin: the present one where it names this release already."""
+    """Return the target's new pin: the present one where it names this release already. *source*: None for a file's release."""
     wanted = {key: release[key] for key in ("version", "digest", "signer")}
     present = target["pin"]
     if all(present.get(key) == value for key, value in wanted.items()):
         return dict(present)
     hours = None if release["since"] is None else round((now - release["since"]) / 3600, 1)
     moment = datetime.datetime.fromtimestamp(now, datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    told = {"from": source["environment"], "at": moment, "by": who, "in_service_hours": hours}
+    told = {"from": source["environment"] if source else "a file", "at": moment, "by": who, "in_service_hours": hours}
     if release.get("commit"):
         told["commit"] = release["commit"]
     if overridden:

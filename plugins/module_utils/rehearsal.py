@@ -1,13 +1,17 @@
-"""What a rehearsal found: the reports of its deploy and rollback and the figures of its load, as a verdict and as lines for people.
+"""What a rehearsal found: what the gates of promotion said, the reports of its deploy and rollback and the figures of its load, as a
+verdict and as lines for people.
 
 Pure. A report is what the callback deploy_report wrote (module_utils/deploy_report.py); load figures are those of tests/load.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from ansible.module_utils.promotion_plan import GATES, OF_SOURCE
 
 PHASES = ("preflight", "lock", "stage", "migrate", "switch", "watch", "verify", "finish", "undo", "hooks")
 Report = Mapping[str, Any]
@@ -18,7 +22,8 @@ class Rehearsal:
     """*deploy* and *rollback*: their reports, ``{}`` for one that did not run. *load*: figures and findings of the whole load.
 
     *before* and *during*: percentiles of latency in seconds, before the deploy and from its start on. *asked*: Unix time at
-    which the rollback was asked for. *served*: the releases that answered after everything, by how many requests.
+    which the rollback was asked for. *served*: the releases that answered after everything, by how many requests. *refused*: what
+    speaks against the promotion, as GATE: REASON; nothing is deployed then.
     """
 
     environment: str
@@ -31,16 +36,21 @@ class Rehearsal:
     during: Mapping[str, float] = field(default_factory=dict)
     asked: float = 0.0
     served: Mapping[str, int] = field(default_factory=dict)
+    refused: Sequence[str] = ()
 
     @property
     def findings(self) -> list[str]:
         """Why the release should not go to the environment; empty where nothing speaks against it."""
-        found = [*_failures("the deploy", self.deploy), *self.load.get("findings", [])]
+        found = [f"the promotion was refused: {reason}" for reason in self.refused] or _failures(
+            "the deploy", self.deploy
+        )
+        found += self.load.get("findings", [])
         if self.deploy.get("outcome") == "done":
             found += _failures("the rollback", self.rollback)
         elif self.present and set(self.served) != {self.present}:
             answered = ", ".join(f"{release} ({count})" for release, count in self.served.items()) or "nobody"
-            found.append(f"after the failed deploy {self.present} should answer, but {answered} did")
+            what = "refused promotion" if self.refused else "failed deploy"
+            found.append(f"after the {what} {self.present} should answer, but {answered} did")
         return found
 
     @property
@@ -56,12 +66,24 @@ class Rehearsal:
             "present": self.present,
             "good": self.good,
             "findings": self.findings,
+            "promotion": {"passed": self.passed, "refused": list(self.refused)},
             "load": {key: value for key, value in self.load.items() if key != "findings"},
             "latency": {"before": dict(self.before), "during": dict(self.during)},
             "deploy": {"seconds": seconds(self.deploy), "phases": phases(self.deploy), "canary": canary(self.deploy),
                        "switches": list(self.deploy.get("switches", []))},
             "rollback": {"seconds": seconds(self.rollback), "to_traffic": self.to_traffic},
         }  # fmt: skip
+
+    @property
+    def passed(self) -> list[str]:
+        """The gates of the environment that let the release pass; those of the one before it are judged when it is promoted.
+
+        Of an archive that is not good nothing more is known.
+        """
+        stopped = {reason.partition(":")[0] for reason in self.refused}
+        if "signature" in stopped:
+            return []
+        return [gate for gate in GATES if gate not in stopped and gate not in OF_SOURCE]
 
     @property
     def to_traffic(self) -> float | None:
@@ -73,7 +95,11 @@ class Rehearsal:
         """Return the verdict in lines for people."""
         load, to_traffic = self.load, self.to_traffic
         lines = [
-            f"Rehearsal of {self.environment}: {self.candidate}" + (f" after {self.present}" if self.present else "")
+            f"Rehearsal of {self.environment}: {self.candidate}" + (f" after {self.present}" if self.present else ""),
+            _line(
+                "promotion",
+                f"{'refused; passed: ' if self.refused else 'passed: '}{', '.join(self.passed) or 'nothing'}",
+            ),
         ]
         if load.get("sent"):
             bound = f": fewer than {load['bound']:.1e} fail, with 95 % confidence" if "bound" in load else ""
@@ -101,6 +127,12 @@ class Rehearsal:
             lines.append(_line("rollback", f"{after}{seconds(self.rollback):.0f} s in all"))
         verdict = "NOT GOOD" if self.findings else "GOOD: nothing speaks against this release"
         return [*lines, "", verdict, *(f"- {finding}" for finding in self.findings)]
+
+
+def refused(output: str) -> list[str]:
+    """Return what *output* of playbooks/promote.yml says against the promotion, as GATE: REASON; [] if it went through."""
+    # It is in it more than once: as an error, and as what the playbook tells.
+    return list(dict.fromkeys(re.findall(rf"^ *\d+\. ((?:{'|'.join(GATES)}): .*\S)", output, re.MULTILINE)))
 
 
 def _line(name: str, text: str) -> str:

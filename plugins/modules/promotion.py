@@ -14,7 +14,12 @@ options:
   source:
     description: The environment whose release is promoted, or a directory with environment.yml.
     type: str
-    required: true
+    default: ""
+  release:
+    description:
+      - Instead of O(source), the archive of a release, to a lab alone. For a rehearsal; only the gates that the target decides are looked at.
+    type: path
+    default: ""
   target:
     description: The environment that gets it.
     type: str
@@ -69,7 +74,7 @@ import os
 import socket
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,10 +88,15 @@ COMMITS = 50
 DEFAULTS = {"from": "", "soak_hours": 24, "error_percent": 0.1, "requests": 100, "restarts": 0}
 
 
-def read(names: list[str], project: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the surveys of source and target, with what a promotion asks of their variables."""
-    surveys = survey.both(names, project, archives=project / ARCHIVES)
+def read(names: list[str], project: Path) -> Sequence[dict[str, Any]]:
+    """Return the surveys of source and target, or of the target alone, with what a promotion asks of their variables."""
+    surveys: Sequence[dict[str, Any]] = (
+        survey.both(names, project, archives=project / ARCHIVES)
+        if len(names) == 2
+        else [survey.take(survey.directory(name, project), project) for name in names]
+    )
     for each in surveys:
+        each["lab"] = (Path(each["inventory"]).parent / "lab.json").is_file()
         variables = next(iter(each["variables"].values()))
         each["pin"] = variables.get("release_pin") or {}
         each["freeze_windows"] = variables.get("deploy_freeze_windows") or []
@@ -94,6 +104,16 @@ def read(names: list[str], project: Path) -> tuple[dict[str, Any], dict[str, Any
         signers = project / SIGNERS
         each["signers"] = variables.get("deploy_allowed_signers") or (signers.read_text() if signers.is_file() else "")
     return surveys
+
+
+def release_in(file: Path) -> dict[str, Any]:
+    """Return what :func:`promotion_plan.source_release` tells of a release in service, of the one in *file*. Raises Refused."""
+    try:
+        version, digest = str(release.read_manifest(file)["version"]), release.file_digest(file)
+    except (release.ReleaseError, OSError) as error:
+        raise Refused(f"Nothing was changed. {error}") from None
+    name = release.release_id(version, digest)
+    return {"deployment": None, "id": name, "version": version, "digest": digest, "since": None, "file": file}
 
 
 def archive_of(found: Mapping[str, Any], project: Path, signers: str) -> dict[str, Any]:
@@ -109,7 +129,7 @@ def archive_of(found: Mapping[str, Any], project: Path, signers: str) -> dict[st
                 f"The archive that a host keeps is not {found['id']}: its digest is another. Do not trust that host."
             )
             return told
-        told["file"] = file = release_pin.find(project / "dist", found)
+        told["file"] = file = found.get("file") or release_pin.find(project / "dist", found)
         manifest = release.check_contents(file)
         told |= {"schema": manifest["schema"], "commit": manifest.get("commit")}
         told["signer"] = release.check_signature(file, file.with_name(file.name + ".sig"), signers)
@@ -152,7 +172,8 @@ def main() -> None:
     """Run the module."""
     module = AnsibleModule(
         argument_spec={
-            "source": {"type": "str", "required": True},
+            "source": {"type": "str", "default": ""},
+            "release": {"type": "path", "default": ""},
             "target": {"type": "str", "required": True},
             "project": {"type": "path", "required": True},
             "override": {"type": "list", "elements": "str", "default": []},
@@ -161,7 +182,7 @@ def main() -> None:
         supports_check_mode=True,
     )
     params = module.params
-    if not params["source"] or not params["target"]:
+    if bool(params["source"]) == bool(params["release"]) or not params["target"]:
         module.fail_json(msg="Which release goes where? -e from=ENVIRONMENT -e to=ENVIRONMENT")
     try:
         module.exit_json(**promote(params, module.check_mode))
@@ -176,8 +197,13 @@ class Refused(Exception):
 def promote(params: Mapping[str, Any], check: bool) -> dict[str, Any]:
     """Decide, and write the pin unless this is a *check*; return the module's result."""
     project, now = Path(params["project"]), time.time()
-    source, target = read([params["source"], params["target"]], project)
-    found = promotion_plan.source_release(source)
+    source: dict[str, Any] | None = None
+    if params.get("release"):
+        found = release_in(Path(params["release"]).resolve())
+        (target,) = read([params["target"]], project)
+    else:
+        source, target = read([params["source"], params["target"]], project)
+        found = promotion_plan.source_release(source)
     if found["id"]:
         found |= archive_of(found, project, target["signers"])
     settings = refused_settings(found, target, project)
@@ -191,12 +217,12 @@ def promote(params: Mapping[str, Any], check: bool) -> dict[str, Any]:
         raise Refused(f"Nothing was changed. Against this promotion speaks:\n{listed}")
     who = f"{getpass.getuser()}@{socket.gethostname()}"
     pin = promotion_plan.pin(source, target, found, decided["overridden"], who, now)
-    file = Path(target["inventory"]) / release_pin.PLACE
-    before, after = file.read_text() if file.is_file() else "", release_pin.text(pin)
+    place = Path(target["inventory"]) / release_pin.PLACE
+    before, after = place.read_text() if place.is_file() else "", release_pin.text(pin)
     changed = pin != target["pin"]
     if changed and not check:
-        write_file(file, after)
-    shown = os.path.relpath(file, project)
+        write_file(place, after)
+    shown = os.path.relpath(place, project)
     lines = promotion_plan.changes(target, found, present(target), commits(target, found, project))
     lines += [f"overridden    {gate}: {why}" for gate, why in decided["overridden"].items()]
     if not changed:

@@ -195,6 +195,19 @@ def test_no_environment_is_skipped_and_nothing_overrides_that() -> None:
     )[0]  # fmt: skip
 
 
+def test_a_release_from_a_file_passes_the_gates_of_the_target_alone_and_to_a_lab_alone() -> None:
+    found = {**FOUND, "id": ID, "since": None}
+    frozen = [{"reason": "year end", "from": "2027-01-01", "to": "2027-02-01", "time_zone": "UTC"}]
+    against_it = promotion_plan.findings(
+        None, target(schema={"error": "gone"}, freeze_windows=frozen), found | {"error": "not signed"}, ["x"], NOW
+    )
+    gates = [gate for gate, _ in against_it]
+    assert sorted([*gates, *promotion_plan.OF_SOURCE]) == sorted(promotion_plan.GATES)
+    assert promotion_plan.refusals(None, target(lab=True), [], "") == []
+    everything = list(promotion_plan.GATES)
+    assert "no release from a file" in promotion_plan.refusals(None, target(lab=False), everything, "because")[0]
+
+
 def test_an_override_needs_a_gate_and_a_reason() -> None:
     assert "no gate sok" in promotion_plan.refusals(source(), target(), ["sok"], "because")[0]
     assert "with a reason" in promotion_plan.refusals(source(), target(), ["soak"], "  ")[0]
@@ -305,6 +318,30 @@ def test_no_override_pins_what_no_host_would_take(project: Path, monkeypatch: py
     with pytest.raises(promotion.Refused, match="No release is in service in staging"):
         promote(project, override=["digest"], reason="x")
     assert content(project) == before
+
+
+def test_a_file_is_pinned_in_a_lab_and_nowhere_else(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For rehearsals: what is wrong with it or with the settings is told all the same."""
+    production, archive = promotion.read([], project)[1], project / "dist/atlas-1.0.tar.gz"
+    given: dict[str, Any] = {"source": "", "release": str(archive)}
+    monkeypatch.setattr(promotion, "read", lambda *_: [production | {"lab": False}])
+    before = content(project)
+    with pytest.raises(promotion.Refused, match="production is no lab"):
+        promote(project, **given)
+    monkeypatch.setattr(promotion, "read", lambda *_: [production | {"lab": True}])
+    monkeypatch.setattr(settings_check, "findings", lambda *_: ["main.yml:3: new_key: is missing (app1)"])
+    with pytest.raises(promotion.Refused, match="1. settings: main.yml:3: new_key"):
+        promote(project, **given)
+    assert content(project) == before
+    monkeypatch.setattr(settings_check, "findings", lambda *_: [])
+    # A lab has the environment's own pin by link, which is not its to change.
+    real, place = project / "real.yml", project / "inventories/production" / release_pin.PLACE
+    real.write_text("release_pin: {}\n")
+    place.symlink_to(real)
+    assert promote(project, **given)["pin"]["digest"] == release.file_digest(archive)
+    assert real.read_text() == "release_pin: {}\n" and not place.is_symlink()
+    with pytest.raises(promotion.Refused, match="Nothing was changed. .*ansible.cfg"):
+        promote(project, source="", release=str(PROJECT / "ansible.cfg"))
 
 
 def test_an_archive_that_a_host_altered_is_thrown_away(project: Path) -> None:

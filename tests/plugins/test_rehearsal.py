@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ansible.module_utils.rehearsal import Rehearsal, phases
+from ansible.module_utils.promotion_plan import GATES
+from ansible.module_utils.rehearsal import Rehearsal, phases, refused
 
 NEW, OLD = "1.1-new", "1.0-old"
 
@@ -60,7 +61,8 @@ def test_what_went_well_is_good_and_has_its_figures() -> None:
     found = rehearsal()
     assert found.good and found.findings == []
     told = "\n".join(found.told())
-    for text in ("1.1-new after 1.0-old", "1000 of 1000 planned were sent, 0 failed", "fewer than 3.0e-03", "p99 100 ms",
+    for text in ("1.1-new after 1.0-old", "passed: signature, schema, settings, freeze", "1000 of 1000 planned were sent, 0 failed",
+                 "fewer than 3.0e-03", "p99 100 ms",
                  "60 s: stage 12, switch 37", "pass: requests 60 (old 900)", "edge1 2.5 ms, edge2 3.0 ms, 30 ms apart",
                  "served again after 2.5 s, 6 s in all", "GOOD"):  # fmt: skip
         assert text in told, told
@@ -69,6 +71,28 @@ def test_what_went_well_is_good_and_has_its_figures() -> None:
 
 def test_phases_span_all_hosts_and_leave_out_what_took_no_time() -> None:
     assert phases(report()) == {"stage": 12, "switch": 37}
+
+
+def test_what_a_gate_stops_is_not_good_and_not_deployed() -> None:
+    reasons = ["settings: main.yml:3: mail_relay: is missing (app1)", "schema: The histories have parted"]
+    found = rehearsal(refused=reasons, deploy={}, rollback={})
+    assert found.findings == [f"the promotion was refused: {reason}" for reason in reasons]
+    told = "\n".join(found.told())
+    assert "refused; passed: signature, freeze" in told and "NOT GOOD" in told
+    assert found.as_dict()["promotion"] == {"passed": ["signature", "freeze"], "refused": reasons}
+    astray = rehearsal(refused=reasons, deploy={}, rollback={}, served={NEW: 3}).findings
+    assert f"after the refused promotion {OLD} should answer, but {NEW} (3) did" in astray
+
+
+def test_an_archive_that_is_not_good_passes_nothing() -> None:
+    assert rehearsal(refused=["signature: it is not signed"], deploy={}, rollback={}).passed == []
+
+
+def test_what_speaks_against_a_promotion_is_found_once_in_what_the_playbook_says() -> None:
+    listed = "\n".join(f"{number}. {gate}: no, because of 1. this" for number, gate in enumerate(GATES, 1))
+    output = f"[ERROR]: Against this promotion speaks:\n{listed}\n\nTASK [x] ***\nNothing was changed.\n{listed}\n\nPLAY RECAP"
+    assert refused(output) == [f"{gate}: no, because of 1. this" for gate in GATES]
+    assert refused("1. production is no lab: it takes no release from a file") == []
 
 
 def test_a_release_that_preflight_refuses_is_not_good() -> None:
