@@ -15,7 +15,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 -include make/*.mk
 
-.PHONY: help bootstrap up down vault test test-full test-lab unit molecule rehearse rotations
+.PHONY: help bootstrap up down vault test test-full test-lab unit molecule rehearse leaks rotations
 
 help: ## this list
 	@echo "make COMMAND:"
@@ -52,10 +52,14 @@ FULL_SIZES := ATLAS_CRASH_DOCUMENTS=2000 ATLAS_BLOCKED_JOBS=100000 ATLAS_EXAMPLE
 test-full: ## the same at full size, the proofs of deploys and recovery, then the bench, whose targets are reported
 	@$(FULL_SIZES) $(MAKE) test
 	@$(VENV)/bin/pytest -q tests/rehearsal tests/promotion
+	@$(MAKE) leaks
 	@$(MAKE) rotations
 	@$(MAKE) proof
 	@$(FULL_SIZES) $(MAKE) recovery
 	@$(MAKE) bench
+
+leaks: bootstrap ## every playbook at -vvv --diff, then a search for all that is secret, everywhere: 20 minutes
+	@$(VENV)/bin/pytest -q -x tests/leaks
 
 rotations: bootstrap ## every kind of secret rotated under load, killed again and again: hours [LAB=NAME, one that is there]
 	@$(if $(filter command line,$(origin LAB)),ATLAS_ROTATION_LAB="$(LAB)") $(VENV)/bin/pytest -q -s tests/rotation

@@ -7,6 +7,7 @@ import json
 import os
 import ssl
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -37,7 +38,7 @@ class Lab:
 
     name: str
     url: str
-    token: str
+    token: str = field(repr=False)
     hosts: dict[str, str]
     ssh_key: str
     ca: str | None = None
@@ -129,6 +130,7 @@ class Lab:
     def for_playbooks(self) -> dict[str, str]:
         """Return the environment in which a playbook of this project runs, whatever the one of the tests is."""
         own = {key: value for key, value in os.environ.items() if not key.startswith(("ANSIBLE_", "MOLECULE_"))}
+        own["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{own['PATH']}"
         return {**own, "ANSIBLE_CONFIG": str(PROJECT / "ansible.cfg"), "ANSIBLE_FORCE_COLOR": "0", **self.environment}
 
     def http(

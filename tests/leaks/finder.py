@@ -11,6 +11,7 @@ import json
 import re
 import subprocess
 import sys
+import threading
 import urllib.parse
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -124,3 +125,40 @@ def leaks(lab: Path, secrets: Iterable[str], logs: Sequence[Path] = ()) -> list[
     for host in json.loads((lab / "access.json").read_text())["hosts"]:
         found += [f"{host}: {place}" for place in on_host(lab, host, secrets)]
     return found
+
+
+class Arguments(threading.Thread):
+    """Notes the arguments of every process that this machine sees while it runs, those of its labs included.
+
+    Processes that end sooner than SECONDS can escape it. They are written to *file* when the block ends.
+    """
+
+    SECONDS = 0.1
+    LOOKS = 3
+    """A process is looked at so often: its arguments change when it becomes another program."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__(daemon=True)
+        self._file, self._seen, self._end = file, set[bytes](), threading.Event()
+
+    def __enter__(self) -> Arguments:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self.join()
+        self._file.write_bytes(b"\n".join(sorted(self._seen)))
+
+    def run(self) -> None:
+        """Look until the end."""
+        looked: dict[Path, int] = {}
+        while not self._end.wait(self.SECONDS):
+            present = set(Path("/proc").glob("[0-9]*"))
+            looked = {process: looked.get(process, 0) for process in present}
+            for process in (process for process, times in looked.items() if times < self.LOOKS):
+                looked[process] += 1
+                try:
+                    self._seen.add((process / "cmdline").read_bytes().replace(b"\0", b" "))
+                except OSError:
+                    continue

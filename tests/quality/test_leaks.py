@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.leaks.finder import SHORTEST, key_line, on_controller, request
+from tests.leaks import runs
+from tests.leaks.finder import SHORTEST, Arguments, key_line, on_controller, request
 
 PROJECT = Path(__file__).resolve().parents[2]
 SECRET = "Planted+" + "value/of=this:test" + "-7Qz"
@@ -76,6 +77,17 @@ def test_a_task_without_no_log_leaks_at_vvv_and_is_found(tmp_path: Path, hidden:
     assert on_controller([SECRET], [log]) == ([] if hidden else [str(log)])
 
 
+def test_no_playbook_is_forgotten_by_the_leak_test(tmp_path: Path) -> None:
+    """What is new has to be run by it, or to be left out by name, with the reason; what is gone is not named."""
+    assert runs.forgotten() == []
+    assert all(runs.LEFT_OUT.values())
+    named = {*(run.playbook for run in runs.RUNS), *runs.IN_ROTATIONS, *runs.LEFT_OUT}
+    assert [name for name in sorted(named) if not (runs.PLAYBOOKS / f"{name}.yml").is_file()] == []
+    for name in ("new", "site"):
+        (tmp_path / f"{name}.yml").touch()
+    assert runs.forgotten(tmp_path) == ["new"]
+
+
 def test_a_private_key_is_known_by_a_line_that_no_other_key_has(tmp_path: Path) -> None:
     lines = []
     for name in ("a", "b"):
@@ -83,3 +95,9 @@ def test_a_private_key_is_known_by_a_line_that_no_other_key_has(tmp_path: Path) 
         lines.append(key_line((tmp_path / name).read_text()))
         assert lines[-1] not in (tmp_path / f"{name}.pub").read_text()
     assert lines[0] != lines[1] and min(map(len, lines)) > SHORTEST
+
+
+def test_arguments_of_a_process_are_noted_while_it_runs(tmp_path: Path) -> None:
+    with Arguments(tmp_path / "arguments"):
+        subprocess.run([sys.executable, "-c", "import time; time.sleep(1)", SECRET], check=True)
+    assert on_controller([SECRET], [tmp_path]) == [str(tmp_path / "arguments")]

@@ -1,4 +1,4 @@
-"""Secrets change while the service serves, and none is said or left anywhere. Small; every kind of rotation: tests/rotation.
+"""Secrets change while the service serves, and none is said or left anywhere. Small; every kind and playbook: tests/rotation, tests/leaks.
 
 Rotations run at -vvv --diff, and what they said is searched as well.
 """
