@@ -23,6 +23,7 @@ from ansible.module_utils.vault_spec import secret_strings
 
 SECONDS = 900
 MASK = "secret"
+PRIVATE_KEY = "PRIVATE KEY-----"
 
 
 class SurveyError(Exception):
@@ -117,7 +118,8 @@ def components(sbom: Mapping[str, Any]) -> dict[str, str]:
 def masked(variables: Mapping[str, Any], vault: Sequence[Any], key: str) -> dict[str, Any]:
     """Return *variables* with everything that holds a secret of *vault* replaced by ``{"secret": fingerprint}``.
 
-    A value is secret if one of its strings contains one of the vault's, or its SHA-256; all of a variable's credentials are.
+    A value is secret if one of its strings contains one of the vault's, or its SHA-256, or a private key, which may be in a file of
+    its own; all of a variable's credentials are.
     """
     known = secret_strings(vault)
     known |= {hashlib.sha256(text.encode()).hexdigest() for text in known}
@@ -132,7 +134,7 @@ def _mask(value: Any, known: set[str], key: str) -> Any:
         return {str(name): _mask(each, known, key) for name, each in value.items()}
     if isinstance(value, (list, tuple)):
         return [_mask(each, known, key) for each in value]
-    if isinstance(value, str) and any(text in value for text in known):
+    if isinstance(value, str) and (PRIVATE_KEY in value or any(text in value for text in known)):
         return _fingerprint(value, key)
     return value
 

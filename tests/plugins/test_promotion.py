@@ -374,6 +374,13 @@ def test_secrets_are_masked_wherever_they_are_copied_to() -> None:
     assert survey.masked(variables, [token], "other") != survey.masked(variables, [token], "key")
 
 
+def test_a_private_key_is_masked_wherever_it_comes_from() -> None:
+    """The certificate of the edges need not be in the vault (haproxy_tls_pem: docs/how-to/tls.md)."""
+    one, other = (f"-----BEGIN {kind}PRIVATE KEY-----\n{'a' * 64}\n" for kind in ("", "EC "))
+    first, second = (survey.masked({"haproxy_tls_pem": pem}, [], "key") for pem in (one, other))
+    assert set(first["haproxy_tls_pem"]) == {"secret"} and first != second
+
+
 def test_two_environments_are_compared_each_in_a_process_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
