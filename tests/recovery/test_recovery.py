@@ -401,6 +401,9 @@ class TestPostgresql:
     def test_every_host_with_a_copy_of_the_repository(self, postgresql: Stage, tmp_path: Path) -> None:
         everything_with_a_copy(postgresql, tmp_path, [])
 
+    def test_the_quarterly_exercise(self, postgresql: Stage) -> None:
+        quarterly_exercise(postgresql)
+
 
 class TestSqlite:
     """The store is copied every so often."""
