@@ -31,7 +31,11 @@ tree=$(mktemp -d); dpkg-deb --raw-extract haproxy_*.deb "$tree"; rm haproxy_*.de
 sed -i 's/^Version: .*/&+check1/' "$tree/DEBIAN/control"
 dpkg-deb --build "$tree" haproxy_check.deb > /dev/null
 """
+# Nothing else is on offer: what Debian published since the lab's image was made might want a boot of its own.
 PUBLISH = """
+apt-get -qq update
+apt-get -qq --simulate upgrade | awk '/^Inst/ && $2 != "haproxy" {print $2}' > "$repository/held"
+xargs -r apt-mark -qq hold < "$repository/held"
 for deb in $(ls *_2.deb haproxy_check.deb 2> /dev/null); do
   dpkg-deb --field "$deb"
   printf 'Filename: ./%s\\nSize: %s\\nSHA256: %s\\n\\n' "$deb" "$(stat -c %s "$deb")" "$(sha256sum "$deb" | cut -d' ' -f1)"
@@ -40,6 +44,10 @@ printf 'Origin: Debian\\nLabel: Debian-Security\\nSuite: check-security\\nDate: 
   "$(date -Ru)" "$(sha256sum Packages | cut -d' ' -f1)" "$(stat -c %s Packages)" > Release
 chmod -R a+rX "$repository"
 echo "deb [trusted=yes] file:$repository ./" > /etc/apt/sources.list.d/atlas-check.list
+"""
+WITHDRAW = """
+xargs -r apt-mark -qq unhold < /var/local/atlas-check/held
+rm -rf /etc/apt/sources.list.d/atlas-check.list /var/local/atlas-check
 """
 
 

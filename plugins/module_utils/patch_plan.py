@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ansible.module_utils.deploy_plan import when
+from ansible.module_utils.packages import NEED_BOOT
 
 Facts = Mapping[str, Mapping[str, Any]]
 # What an upgrade of restarts the database, whoever uses it.
@@ -98,8 +99,9 @@ def step(host: str, looked: Mapping[str, Any], facts: Facts, options: Mapping[st
     boots = bool(boot) or any(each["name"].startswith(BOOT_PACKAGES) for each in packages)
     if reasons and not boot:
         left.append(f"a boot ({'; '.join(reasons)}): " + ("patch_reboot is never" if accepted else consent))
-    stale = [unit for unit in looked["stale"] if not (unit.startswith("postgresql@") and not accepted)]
-    if len(stale) < len(looked["stale"]):
+    stale = [unit for unit in looked["stale"] if boot or unit not in NEED_BOOT]
+    if not accepted and (replaced := [unit for unit in stale if unit.startswith("postgresql@")]):
+        stale = [unit for unit in stale if unit not in replaced]
         left.append(f"PostgreSQL runs on replaced files until it is restarted: {consent}")
     unfinished = app and _unfinished(host, facts, options)
     # Only what users would notice calls for the page that tells them.

@@ -142,6 +142,14 @@ def test_services_on_replaced_files_are_work() -> None:
     assert decide({"app2": looked(stale=["atlas-api@blue.service"])})["order"] == ["app2"]
 
 
+def test_what_only_a_boot_renews_is_no_work_where_none_may_be() -> None:
+    found = {"db1": looked(stale=["dbus.service"], boot=["dbus.service runs on replaced files"])}
+    plan = decide(found)
+    assert plan["order"] == [] and "-e patch_downtime=db1" in plan["steps"]["db1"]["left"][0]
+    assert decide(found, downtime=["db1"])["order"] == ["db1"]
+    assert decide(found, downtime=["db1"], reboot="never")["order"] == []
+
+
 def test_what_an_earlier_run_left_out_comes_first() -> None:
     facts = {"edge1": edge(app3="MAINT"), "edge2": edge(app3="MAINT")}
     plan = decide({"app1": looked("openssl")}, facts)

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 import pytest
 from interruptions import await_rest
 from labtest import Lab
-from patchtest import OFFER, PUBLISH, booted, on
+from patchtest import OFFER, PUBLISH, WITHDRAW, booted, on
 from prooftest import load, wait_until
 
 from tests.load.traffic import Traffic
@@ -45,7 +45,7 @@ def test_all_hosts_are_patched_while_the_other_edge_serves(lab: Lab) -> None:
             assert verdict.findings == []
     finally:
         for host in hosts:
-            lab.ssh(host, "rm -rf /etc/apt/sources.list.d/atlas-check.list /var/local/atlas-check")
+            lab.ssh(host, WITHDRAW)
     for host in hosts:
         assert booted(lab, host) != before[host], host
         assert on(lab, host, "dpkg-query -W -f '${Version}' atlas-check") == "2", host

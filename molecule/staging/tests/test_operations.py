@@ -8,7 +8,7 @@ import sys
 import time
 
 from labtest import PROJECT, Lab, deployment
-from patchtest import OFFER, OFFER_HAPROXY, PUBLISH, booted, on
+from patchtest import OFFER, OFFER_HAPROXY, PUBLISH, WITHDRAW, booted, on
 
 sys.path.insert(0, str(PROJECT))
 
@@ -109,7 +109,7 @@ def test_hosts_are_patched_and_boot_one_by_one_without_losing_a_request(lab: Lab
         again = lab.playbook("patch", timeout=300)
     finally:
         for host in hosts:
-            lab.ssh(host, "rm -rf /etc/apt/sources.list.d/atlas-check.list /var/local/atlas-check")
+            lab.ssh(host, WITHDRAW)
     lossless(traffic.judge(), 300)
     for host in (first, second):
         assert on(lab, host, "dpkg-query -W -f '${Version}' atlas-check") == "2", host
