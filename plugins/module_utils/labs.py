@@ -201,9 +201,8 @@ class Podman:
         return self.json("ps", "--all", "--format", "json", *(f"--filter={item}" for item in filters))
 
     def networks(self) -> list[dict[str, Any]]:
-        """All networks of this machine with their subnets and labels."""
-        names = self.run("network", "ls", "--quiet").split()
-        return self.json("network", "inspect", *names) if names else []
+        """All networks of this machine with their subnets and labels: asked at once, since other labs come and go meanwhile."""
+        return self.json("network", "ls", "--format", "json")
 
 
 def check_machine() -> None:
