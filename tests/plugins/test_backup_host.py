@@ -277,6 +277,25 @@ def test_the_log_of_another_database_is_not_kept(tmp_path: Path) -> None:
         backups.wal.receive()
 
 
+def test_a_receiver_that_restarts_is_no_failure_and_one_that_stays_away_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wal, clock = Log(tmp_path), [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
+    monkeypatch.setattr(wal, "expect_same", lambda: None)
+    monkeypatch.setattr(wal, "barman", lambda *_: "")
+    for away, is_back in ((5.0, True), (3600.0, False)):
+        clock[0] = 0.0
+        monkeypatch.setattr(wal, "sql", lambda _, until=away: ["0.5", "0"] if clock[0] >= until else [])
+        if is_back:
+            assert Wal.tend(wal) == {"rpo_seconds": 0.5, "behind_bytes": 0}
+        else:
+            with pytest.raises(BackupError, match="the log of the database is not received"):
+                Wal.tend(wal)
+    assert clock[0] < 60, "less than the time between two increments"
+
+
 LOG = [
     "0000000100000000000000FE",
     "0000000100000000000000FF",
