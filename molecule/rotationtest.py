@@ -18,6 +18,8 @@ from prooftest import Step, play
 
 MARK = "ATLAS_TEST_RUN"
 """Variable of the environment by which all processes of a run are found."""
+IDLE_SECONDS = 1800
+"""How long a session stays that is not ended."""
 TRY_DATABASE = """#python
 import sys
 sys.path.insert(0, "/opt/atlas/slots/{slot}/release/python%d.%d" % sys.version_info[:2])
@@ -136,6 +138,20 @@ def backup_is_sound(lab: Lab, seconds: float = 120) -> None:
         while (done := lab.ssh(host, f"atlas-backup {job}", timeout=600)).returncode:
             assert time.monotonic() < deadline, f"{job}: {done.stderr}"
             time.sleep(2)
+
+
+@contextmanager
+def logged_in(lab: Lab, host: str, key: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
+    """Be logged in on *host* with the private *key*, in one session that does nothing; *options* of ssh come first."""
+    words = ["ssh", *options, "-i", str(key), "-o", f"UserKnownHostsFile={lab.folder / 'known_hosts'}", "-o", "IdentitiesOnly=yes",
+             "-o", "IdentityAgent=none", "-o", "BatchMode=yes", f"deploy@{lab.hosts[host]}", f"echo in; exec sleep {IDLE_SECONDS}"]  # fmt: skip
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "in\n", f"{key} is not let in on {host}"
+        yield process
+    finally:
+        process.kill()
+        process.wait()
 
 
 def old_key_is_refused(lab: Lab, key: Path) -> None:

@@ -422,8 +422,12 @@ class Hosts(Protocol):
     def let_in(self, key: KeyFile) -> None:
         """Let the coming *key* in on every host, and reach each with it."""
 
-    def shut_out(self, key: KeyFile) -> None:
-        """Shut the one before *key* out on every host, and see that each refuses it."""
+    def shut_out(self, key: KeyFile, end: bool) -> Sequence[str]:
+        """Shut the one before *key* out on every host, and see that each refuses it; return what was cut off.
+
+        With *end* that is every session that began with a key which is not let in any more, or nobody knows with which.
+        """
+        ...
 
 
 class Secrets(Protocol):
@@ -446,8 +450,11 @@ class RotationError(Exception):
 MOST_STEPS = 8
 
 
-def ssh(hosts: Hosts, mark: Mapping[str, Any]) -> Iterator[str]:
-    """Replace the key with which Ansible connects: the new one is let in and tried everywhere before the old one is shut out."""
+def ssh(hosts: Hosts, revoke: bool, mark: Mapping[str, Any]) -> Iterator[str]:
+    """Replace the key with which Ansible connects: the new one is let in and tried everywhere before the old one is shut out.
+
+    With *revoke* whoever is logged in with the old one is cut off.
+    """
     key = hosts.key()
     if not under_way(hosts.state("ssh")):
         key.forget()
@@ -457,7 +464,7 @@ def ssh(hosts: Hosts, mark: Mapping[str, Any]) -> Iterator[str]:
     hosts.let_in(key)
     key.put_in_place()
     yield "the new key is let in, and every host was reached with it"
-    hosts.shut_out(key)
+    yield from hosts.shut_out(key, revoke)
     generation = int(hosts.state("ssh").get("generation", 0)) + 1
     hosts.do("ssh", ("backup",), entry={"step": DONE, "new": new, "generation": generation})
     key.forget()
@@ -509,7 +516,7 @@ def _rotate(
         hosts.do(kind, ("backup",), entry={"step": DONE, "generation": generation})
         return
     if kind in ("tls", "ssh"):
-        yield from tls(secrets, hosts, mark) if kind == "tls" else ssh(hosts, mark)
+        yield from tls(secrets, hosts, mark) if kind == "tls" else ssh(hosts, revoke, mark)
         return
     for _ in range(MOST_STEPS):
         step = MACHINES[kind](secrets.read(), hosts.state(kind), now, overlap, revoke)

@@ -211,8 +211,23 @@ class Fleet(rotation.Hosts):
         coming = key.next if key.next.exists() else key.path
         self.play("rotate_keys.yml", {"rotate_let_in": key.public(coming), "rotate_key": str(coming)})
 
-    def shut_out(self, key: KeyFile) -> None:
-        self.play("rotate_keys.yml", {"rotate_shut_out": key.public(key.previous), "rotate_key": str(key.previous)})
+    def shut_out(self, key: KeyFile, end: bool) -> list[str]:
+        with tempfile.TemporaryDirectory(prefix="atlas-rotation-") as folder:
+            answer = Path(folder) / "ended.json"
+            variables = {
+                "rotate_shut_out": key.public(key.previous),
+                "rotate_key": str(key.previous),
+                "rotate_end": end,
+                "rotate_answer": str(answer),
+            }
+            self.play("rotate_keys.yml", variables)
+            ended = json.loads(answer.read_text(encoding="utf-8")) if answer.exists() else {}
+        return [
+            f"cut off: an SSH session of {each['user']} on {host}, from {each['address'] or 'an address that is not known'}, "
+            f"since {each['since']} ({each['key'] or 'with which key is not known'})"
+            for host, sessions in ended.items()
+            for each in sessions
+        ]
 
     def play(self, playbook: str, variables: Mapping[str, Any]) -> None:
         """Run *playbook*; what it prints is appended to the log."""

@@ -213,9 +213,12 @@ class World:
         coming = key.next if key.next.exists() else key.path
         self.change(lambda: self.lets_in.add(key.public(coming)))
 
-    def shut_out(self, key: KeyFile) -> None:
+    def shut_out(self, key: KeyFile, end: bool) -> Sequence[str]:
         assert key.public(key.path) in self.lets_in
         self.change(lambda: self.lets_in.discard(key.public(key.previous)))
+        gone = sorted(self.sessions - self.lets_in) if end else []
+        self.change(lambda: self.sessions.difference_update(gone))
+        return [f"cut off: {each}" for each in gone]
 
     # As users see it
 
@@ -473,6 +476,24 @@ def test_who_is_still_logged_in_is_cut_off_and_named_when_that_was_asked_for() -
     assert "cut off: atlas_a" in said and world.sessions == set()
 
 
+@pytest.mark.parametrize("killed_at", [None, 3, 4, 5])
+def test_after_a_leak_sessions_that_began_with_the_old_key_end(tmp_path: Path, killed_at: int | None) -> None:
+    """Also those with the key from before a rotation that was under way, which is not the key that this one replaces."""
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(tmp_path / "key")], check=True)
+    world = World()
+    world.file = KeyFile(tmp_path / "key")
+    old = world.file.public(world.file.path)
+    world.lets_in, world.sessions = {old, "somebody else's"}, {old, "somebody else's"}
+    if killed_at:
+        world.deadline, world.after = killed_at, True
+        with pytest.raises(Killed):
+            run(world, "ssh")
+        assert old in world.sessions, "without a leak nobody is cut off"
+        world.deadline = -1
+    assert f"cut off: {old}" in run(world, "ssh", revoke=True)
+    assert world.sessions == {"somebody else's"}
+
+
 def test_a_certificate_is_the_users_to_replace_where_no_authority_is_at_hand() -> None:
     world = World()
     world.issues = False
@@ -504,7 +525,7 @@ class Steps(KeyFile):
 
 
 @pytest.mark.parametrize("after", [False, True])
-@pytest.mark.parametrize("point", range(1, 9))
+@pytest.mark.parametrize("point", range(1, 10))
 def test_a_key_that_is_replaced_never_shuts_its_owner_out(tmp_path: Path, point: int, after: bool) -> None:
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "us", "-f", str(tmp_path / "key")], check=True)
     world = World()

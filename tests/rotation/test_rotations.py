@@ -28,6 +28,7 @@ from rotationtest import (  # noqa: E402
     backup_is_sound,
     half_rotated,
     killed,
+    logged_in,
     old_key_is_refused,
     presented,
     rotate,
@@ -104,6 +105,38 @@ def test_a_rotation_that_is_killed_again_and_again_loses_nothing(lab: Lab, kind:
     assert half_rotated(lab) == ""
     refused(lab, kind, old, files)
     backup_is_sound(lab)
+
+
+def test_who_is_logged_in_with_a_leaked_key_is_cut_off_and_nobody_else(lab: Lab, tmp_path: Path) -> None:
+    """A session, a connection that others may share, and what was left running in it. The run's own connections are not named."""
+    host, left = lab.group("app")[0], "sleep 98765"
+    leaked, other, shared = tmp_path / "leaked", tmp_path / "other", str(tmp_path / "shared")
+    leaked.write_text(Path(lab.ssh_key).read_text())
+    leaked.chmod(0o600)
+    shown = subprocess.run(["ssh-keygen", "-l", "-f", leaked], capture_output=True, text=True, check=True).stdout
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "another", "-f", other], check=True)
+    keys = "~deploy/.ssh/authorized_keys"
+    lab.ssh(host, f"echo '{other.with_suffix('.pub').read_text().strip()}' >> {keys}")
+    try:
+        with (
+            logged_in(lab, host, leaked) as one,
+            logged_in(lab, host, leaked, "-M", "-S", shared) as two,
+            logged_in(lab, host, other) as three,
+        ):
+            subprocess.run(
+                ["ssh", "-S", shared, "any", f"nohup setsid {left} >/dev/null 2>&1 </dev/null &"], check=True
+            )
+            assert lab.ssh(host, f"pgrep -fx '{left}'").returncode == 0
+            said = rotate(lab, "ssh", "-e", "revoke=now", "-e", "confirm=staging").succeeded().output
+            assert (one.poll(), two.poll(), three.poll()) == (255, 255, None), said
+            assert lab.ssh(host, f"pgrep -fx '{left}'").returncode == 1
+        named = [line for line in said.splitlines() if "cut off: an SSH session of deploy" in line]
+        assert len(named) == 2, said
+        for line in named:
+            assert f" on {host}, from " in line and ", since 20" in line and shown.split()[1] in line, line
+        old_key_is_refused(lab, leaked)
+    finally:
+        lab.ssh(host, f"sed -i '/ another$/d' {keys}")
 
 
 def test_tokens_overlap_and_are_refused_whenever_it_is_killed(lab: Lab) -> None:
