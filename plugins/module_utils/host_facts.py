@@ -8,13 +8,14 @@ from __future__ import annotations
 import calendar
 import csv
 import io
+import json
 import os
 import platform
 import pwd
 import re
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ from ansible.module_utils.atlas_host import (
     API_PORTS,
     MONITORING_PORTS,
     SLOTS,
+    Done,
     Host,
+    HostError,
     changed_since_start,
     fingerprint,
     fingerprint_key,
@@ -30,6 +33,7 @@ from ansible.module_utils.atlas_host import (
     read_json,
     requests,
     run,
+    unit,
     units,
 )
 from ansible.module_utils.canary import counters
@@ -40,6 +44,12 @@ STATE = Path("/var/lib/atlas-deploy")
 MAP = Path("/etc/haproxy/slot.map")
 MAINTENANCE = "/etc/haproxy/maintenance.map"
 CERTIFICATE = "/etc/haproxy/tls/edge.pem"
+RESTARTED = "5eb03494b6584870a536b337290809b3"  # pragma: allowlist secret
+"""What systemd logs when it starts a unit again because of Restart= (SD_MESSAGE_UNIT_RESTART_SCHEDULED)."""
+COMPLAINTS = "Scheduled restart job|the probe did not come through|the database does not answer"
+"""How it says that, and what the service's monitoring says that cannot use the service as its users do."""
+TROUBLES = 5000
+"""At most so many of both are read, the newest."""
 
 
 def debian() -> dict[str, str]:
@@ -143,6 +153,44 @@ def texts(host: Host) -> dict[str, str]:
     return {str(number): (host.deployment(number) / "settings.yaml").read_text() for number in host.deployments()}
 
 
+def troubles(command: Callable[..., Done] = run) -> dict[str, Any]:
+    """Return what systemd's journal holds against the services of both slots: *restarts* and *complaints*, each [unit, Unix time].
+
+    *since*: the Unix time from which on it is known, None where the journal cannot be read. A restart of a unit is there to
+    stay, whatever becomes of the counter of the unit; who stopped and started it by hand is not in it.
+    """
+    found: dict[str, Any] = {"since": None, "restarts": [], "complaints": []}
+    argv = ["journalctl", "--system", "--no-pager", "--quiet", "--output=json"]
+    matches = [f"MESSAGE_ID={RESTARTED}", *(f"UNIT={name}" for slot in SLOTS for name in units(slot))]
+    for slot in SLOTS:
+        matches += ["+", f"_SYSTEMD_UNIT={unit('monitoring', slot)}"]
+    query = [
+        f"--lines={TROUBLES}",
+        "--output-fields=UNIT,_SYSTEMD_UNIT",
+        f"--grep={COMPLAINTS}",
+        "--case-sensitive=yes",
+    ]
+    try:
+        # It has no way to ask for the oldest entry alone.
+        oldest = command(["sh", "-c", " ".join([*argv, "--output-fields=_BOOT_ID", "|", "head -n 1"])], timeout=120)
+        told = command([*argv, *query, *matches], timeout=120)
+        moments = [_moment(json.loads(line)) for line in oldest.output.splitlines()]
+        entries = [json.loads(line) for line in told.output.splitlines()]
+    except (HostError, ValueError, KeyError):
+        return found
+    if told.errors.strip() or not moments:
+        return found
+    for entry in entries:
+        pair = [entry.get("UNIT") or entry["_SYSTEMD_UNIT"], _moment(entry)]
+        found["restarts" if "UNIT" in entry else "complaints"].append(pair)
+    cut = [_moment(entry) for entry in entries] if len(entries) >= TROUBLES else []
+    return found | {"since": max(moments[0], min(cut, default=moments[0]))}
+
+
+def _moment(entry: Mapping[str, Any]) -> float:
+    return int(entry["__REALTIME_TIMESTAMP"]) / 1e6
+
+
 def facts(params: Mapping[str, Any]) -> dict[str, Any]:
     """Return everything about this host."""
     host, entries = Host(), params["journal"]
@@ -201,6 +249,7 @@ def facts(params: Mapping[str, Any]) -> dict[str, Any]:
         if ready
         else None,
         "requests": requests(slot) if slot else None,
+        "troubles": troubles() if params.get("troubles") else None,
         "journal": journal[-entries:] if entries else [],
         "rotations": [entry for entry in journal if entry.get("event") == EVENT],
         "first_entry": journal[0]["at"] if journal else None,

@@ -6,18 +6,20 @@ Pure: two surveys (``playbooks/survey.yml``), the release and the moment come in
 from __future__ import annotations
 
 import datetime
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from ansible.module_utils import freeze, release_pin
-from ansible.module_utils.deploy_plan import Facts, Fleet, answered
+from ansible.module_utils.deploy_plan import Facts, Fleet, answered, when
 from ansible.module_utils.deploy_status import status
 
 GATES = {
     "digest": "every app host of the source has the same release in service",
     "signature": "the release is signed by whom the target allows",
     "soak": "it has been in service for promotion_soak_hours",
-    "health": "every host of the source is as it should be, and no service has restarted",
+    "health": "every host of the source is as it should be, and its services fared well throughout the soak",
     "errors": "no more of its requests failed than promotion_error_percent",
     "schema": "its migrations fit the target's database",
     "settings": "it accepts the target's settings",
@@ -64,6 +66,40 @@ def _since(journal: Sequence[Mapping[str, Any]], name: str | None) -> float | No
 
 def _unix(moment: str) -> float:
     return datetime.datetime.fromisoformat(moment).timestamp()
+
+
+class Serving(NamedTuple):
+    """A deployment that served in *slot*, *since* and *until* (Unix time; infinity for now)."""
+
+    number: int
+    slot: str
+    since: float
+    until: float
+
+
+def servings(journal: Sequence[Mapping[str, Any]], name: str | None) -> list[Serving]:
+    """Return the deployments by which the release *name* serves without another release between, oldest first.
+
+    Each counts from when its services were started. A rolling deploy stops them in their place; they serve again if it is undone.
+    """
+    found: list[Serving] = []
+    begun: dict[tuple[Any, Any], float] = {}
+    for entry in journal:
+        event, number, slot = entry.get("event"), entry.get("deployment"), entry.get("slot")
+        last = found[-1] if found else None
+        ended = _unix(entry["at"]) if event in ("started", "engaged", "undone", "finished") else 0.0
+        if event in ("started", "engaged"):
+            begun[number, slot] = ended - float(entry.get("seconds", 0))
+            if last and last.slot == slot and last.number != number:
+                found[-1] = last._replace(until=min(last.until, begun[number, slot]))
+        elif event == "undone" and last and last.until < math.inf and last.number == entry.get("back_to"):
+            found.append(last._replace(since=ended, until=math.inf))
+        elif event == "finished" and entry.get("outcome", "ok") == "ok":
+            if last:
+                found[-1] = last._replace(until=min(last.until, ended))
+            again = Serving(int(number or 0), str(slot), begun.get((number, slot), ended), math.inf)
+            found = [*found, again] if entry.get("release") == name else []
+    return found
 
 
 def refusals(
@@ -120,7 +156,12 @@ def findings(
 def _fares(
     source: Mapping[str, Any], target: Mapping[str, Any], release: Mapping[str, Any], now: float
 ) -> list[Finding]:
-    return [*_soak(source, target, release, now), *_health(source, target), *_errors(source, target, release)]
+    return [
+        *_soak(source, target, release, now),
+        *_health(source),
+        *_fared(source, target, release),
+        *_errors(source, target, release),
+    ]
 
 
 def _digest(source: Mapping[str, Any], release: Mapping[str, Any]) -> list[Finding]:
@@ -156,7 +197,8 @@ def _soak(
     return [("soak", text)]
 
 
-def _health(source: Mapping[str, Any], target: Mapping[str, Any]) -> list[Finding]:
+def _health(source: Mapping[str, Any]) -> list[Finding]:
+    """Judge the hosts as they are at this moment."""
     state = status(source["facts"], source["hosts"], source["edges"])
     found = []
     for host, row in {**state["app"], **state["edge"]}.items():
@@ -168,12 +210,70 @@ def _health(source: Mapping[str, Any], target: Mapping[str, Any]) -> list[Findin
             found.append(f"{host} is owed deployment {row['owed'].get('deployment')}.")
         if row.get("ready") is False:
             found.append(f"{host} is not ready.")
-    for host in source["hosts"]:
-        fact = source["facts"].get(host, {})
-        for unit, unit_state in fact.get("units", {}).items():
-            if f"@{fact.get('slot')}." in unit and unit_state["restarts"] > int(target["limits"]["restarts"]):
-                found.append(f"{host}: {unit} restarted {unit_state['restarts']} times by itself.")
     return [("health", text) for text in found]
+
+
+def _fared(source: Mapping[str, Any], target: Mapping[str, Any], release: Mapping[str, Any]) -> list[Finding]:
+    """Judge how the services fared since the release is in service, by what systemd's journal on each host knows of that time."""
+    found = []
+    restarts, percent = int(target["limits"]["restarts"]), float(target["limits"]["error_percent"])
+    for host in (host for host in source["hosts"] if answered(source["facts"], host)):
+        fact = source["facts"][host]
+        served, known = _known(fact, release)
+        judged = max(served[0].since, fact["clock"] - 3600 * float(target["limits"]["soak_hours"]))
+        if known is None or known > judged:
+            reach = "cannot be read" if known is None else f"reaches back to {when(known)} only"
+            found.append(
+                f"{host}: systemd's journal {reach}, so how the services fared since {when(judged)} is not known "
+                "(base_journal_retention, base_journal_max_use)."
+            )
+        if known is None:
+            continue
+        counted = Counter(unit.split("@")[0] for unit, _ in _within(served, fact["troubles"]["restarts"]))
+        found += [
+            f"{host}: {unit} restarted by itself {'once' if count == 1 else f'{count} times'} since {when(max(known, served[0].since))}."
+            for unit, count in sorted(counted.items())
+            if count > restarts
+        ]
+        bad = len({int(at // 60) for _, at in _within(served, fact["troubles"]["complaints"])})
+        spans = [min(each.until, fact["clock"]) - max(each.since, known) for each in served]
+        minutes = max(1.0, sum(max(0.0, span) for span in spans) / 60)
+        if 100 * bad / minutes > percent:
+            found.append(
+                f"{host}: in {bad} of its {minutes:.0f} minutes in service a probe did not come through, or the store did not "
+                f"answer (atlas-monitoring says which); {percent:g} % are allowed."
+            )
+    return [("health", text) for text in found]
+
+
+def _known(fact: Mapping[str, Any], release: Mapping[str, Any]) -> tuple[list[Serving], float | None]:
+    """Return when *release* served on a host, and since when (Unix time) its journal knows how; None for never.
+
+    Where no entry of a deploy tells, whatever the slot in service did is put down to it.
+    """
+    served = servings(fact["journal"], release["id"]) or [Serving(0, str(fact["slot"]), 0.0, math.inf)]
+    return served, fact["troubles"]["since"]
+
+
+def _within(served: Sequence[Serving], pairs: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
+    """Return those of *pairs* (unit, Unix time) that are of a slot while it served."""
+    return [
+        (unit, at)
+        for unit, at in pairs
+        if any(f"@{each.slot}." in unit and each.since <= at <= each.until for each in served)
+    ]
+
+
+def notes(source: Mapping[str, Any], release: Mapping[str, Any]) -> list[str]:
+    """Return what was judged only in part and stops nothing, in lines: a journal that covers the soak, and not all of the service."""
+    lines = []
+    for host in (host for host in source["hosts"] if answered(source["facts"], host)):
+        served, known = _known(source["facts"][host], release)
+        if known is not None and known > served[0].since:
+            lines.append(
+                f"health        of {host} is known since {when(known)}: systemd's journal there goes no further back"
+            )
+    return lines
 
 
 def _errors(source: Mapping[str, Any], target: Mapping[str, Any], release: Mapping[str, Any]) -> list[Finding]:

@@ -29,6 +29,10 @@ options:
     description: How many of the journal's last entries to return.
     type: int
     default: 10
+  troubles:
+    description: Whether to return what systemd's journal holds against the services.
+    type: bool
+    default: false
 author: Atlas
 attributes:
   check_mode:
@@ -62,6 +66,12 @@ stale_units:
   description: Units in service whose unit files changed since they were started.
   type: list
   returned: always
+troubles:
+  description: >-
+    With O(troubles), the Unix time from which on they are known (C(since), null for never), and pairs of unit and Unix time:
+    C(restarts) by systemd itself, C(complaints) of monitoring that the store does not answer or a probe did not come through.
+  type: dict
+  returned: always
 edge:
   description: The balancer, its map and the lease; C(installed) is false where there is none.
   type: dict
@@ -82,6 +92,7 @@ def main() -> None:
             "texts": {"type": "bool", "default": False},
             "socket": {"type": "path", "default": "/run/haproxy/admin.sock"},
             "journal": {"type": "int", "default": 10},
+            "troubles": {"type": "bool", "default": False},
         },
         supports_check_mode=True,
     )

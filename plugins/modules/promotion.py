@@ -224,6 +224,7 @@ def promote(params: Mapping[str, Any], check: bool) -> dict[str, Any]:
         write_file(place, after)
     shown = os.path.relpath(place, project)
     lines = promotion_plan.changes(target, found, present(target), commits(target, found, project))
+    lines += promotion_plan.notes(source, found) if source else []
     lines += [f"overridden    {gate}: {why}" for gate, why in decided["overridden"].items()]
     if not changed:
         lines.append(f"{target['environment']} pins it already: {shown} is unchanged.")

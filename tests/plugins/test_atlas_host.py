@@ -330,6 +330,38 @@ def test_a_balancer_that_reloads_at_this_moment_is_not_one_that_does_not_run(
     assert found["memory"] == "be_green" and "error" not in found
 
 
+def test_what_the_journal_of_systemd_holds_against_the_services_is_read_from_its_oldest_entry_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def line(at: float, **fields: str) -> str:
+        return json.dumps({"__REALTIME_TIMESTAMP": str(int(at * 1e6)), **fields}) + "\n"
+
+    restarted = line(300, UNIT="atlas-core@blue.service", _SYSTEMD_UNIT="init.scope")
+    complained = line(200.5, _SYSTEMD_UNIT="atlas-monitoring@green.service")
+    asked: list[list[str]] = []
+
+    def journal(oldest: str, told: str, errors: str = "") -> Callable[..., Done]:
+        def command(argv: Sequence[str], timeout: float) -> Done:
+            asked.append(list(argv))
+            return Done(0, oldest, "") if argv[0] == "sh" else Done(1, told, errors)
+
+        return command
+
+    found = host_facts.troubles(journal(line(100), restarted + complained))
+    assert found == {
+        "since": 100.0,
+        "restarts": [["atlas-core@blue.service", 300.0]],
+        "complaints": [["atlas-monitoring@green.service", 200.5]],
+    }
+    assert "UNIT=atlas-api@green.service" in asked[1]
+    assert host_facts.troubles(journal(line(100), ""))["since"] == 100.0
+    monkeypatch.setattr(host_facts, "TROUBLES", 2)
+    assert host_facts.troubles(journal(line(100), restarted + complained))["since"] == 200.5, "there may be more"
+    unknown: dict[str, Any] = {"since": None, "restarts": [], "complaints": []}
+    for command in (journal("", ""), journal(line(100), "", "no permission"), journal("", "no JSON")):
+        assert host_facts.troubles(command) == unknown
+
+
 def test_a_balancer_that_does_not_run_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "exists", lambda _: True)
     monkeypatch.setattr(haproxy_runtime, "RELOAD_SECONDS", 0.2)

@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +33,25 @@ FOUND = {"error": "", "signer": "SHA256:" + "k" * 43, "schema": {"revisions": ["
 
 def finished(hours_ago: float, name: str = ID, **other: Any) -> dict[str, Any]:
     at = datetime.datetime.fromtimestamp(NOW - hours_ago * HOUR, datetime.UTC).isoformat()
-    return {"at": at, "event": "finished", "outcome": "ok", "deployment": 4, "release": name} | other
+    entry = {"at": at, "event": "finished", "outcome": "ok", "deployment": 4, "slot": "blue", "release": name}
+    return entry | other
 
 
 def host(**other: Any) -> dict[str, Any]:
     content = {"release": ID, "version": "1.0", "digest": "d" * 64}
-    fact = app(number=4, same=True, ready={"status": 200, "release": ID}, deployments={"4": content})
-    return fact | {"requests": {"total": 500, "failed": 0}, "journal": [finished(48)]} | other
+    fact = app(number=4, same=True, ready={"status": 200, "release": ID}, deployments={"4": content}, clock=NOW)
+    fact |= {"requests": {"total": 500, "failed": 0}, "journal": [finished(48)], "troubles": troubles()}
+    return fact | other
+
+
+def troubles(*restarts: float, known: float | None = 1000, complaints: Sequence[float] = ()) -> dict[str, Any]:
+    """What a host's journal of systemd knows of atlas-core and atlas-monitoring in blue; all in hours ago."""
+
+    def at(name: str, moments: Sequence[float]) -> list[list[Any]]:
+        return [[f"atlas-{name}@blue.service", NOW - hours * HOUR] for hours in moments]
+
+    since = None if known is None else NOW - known * HOUR
+    return {"since": since, "restarts": at("core", restarts), "complaints": at("monitoring", complaints)}
 
 
 def source(**facts: Any) -> dict[str, Any]:
@@ -74,7 +86,7 @@ STOPPED: dict[str, tuple[Callable[[], list[tuple[str, str]]], str]] = {
     ),
     "signature": (lambda: against(error="it is not signed"), "it is not signed"),
     "soak": (lambda: against(source(app2=host(journal=[finished(1.5)]))), "for 1.5 h, 24 h are required"),
-    "health": (lambda: against(source(app2=host(ready={"status": 503, "release": ID}))), "app2 is not ready"),
+    "health": (lambda: against(source(app2=host(troubles=troubles(2)))), "app2: atlas-core restarted by itself once"),
     "errors": (lambda: against(source(app2=host(requests={"total": 500, "failed": 2}))), "2 of its 1000 requests"),
     "schema": (
         lambda: against(other=target(schema={"applied": {"0001": "expand", "0003": "contract"}})),
@@ -112,18 +124,67 @@ def test_a_gate_stops_what_should_not_pass_and_is_overridden_by_its_name_alone(g
     ("change", "says"),
     [
         ({"app2": {"unreachable": True, "msg": "gone"}}, "app2 does not answer"),
+        ({"app2": host(ready={"status": 503, "release": ID})}, "app2 is not ready"),
         ({"app2": host(stale_units=["atlas-api@blue.service"])}, "units changed"),
         ({"app2": host(as_inventory=False)}, "differ from the inventory"),
         ({"edge1": edge("be_blue", maintenance="The database moves")}, "in maintenance"),
         ({"edge1": edge("be_blue", owed={"app2": {"deployment": 5}})}, "app2 is owed deployment 5"),
-        (
-            {"app1": host(units={"atlas-core@blue.service": {"state": "active", "restarts": 2, "memory": 1}})},
-            "atlas-core@blue.service restarted 2 times",
-        ),
+        ({"app1": host(troubles=troubles(30, 2))}, "app1: atlas-core restarted by itself 2 times since 2027-01-13"),
+        ({"app2": host(troubles=troubles(known=20))}, "app2: systemd's journal reaches back to 2027-01-14 12:00:00 UTC only"),
+        ({"app2": host(troubles=troubles(known=None))}, "app2: systemd's journal cannot be read"),
+        ({"app1": host(troubles=troubles(complaints=[20, 30, 40]))}, "app1: in 3 of its 2880 minutes in service a probe"),
     ],
-)
-def test_health_means_every_host(change: dict[str, Any], says: str) -> None:
+)  # fmt: skip
+def test_health_means_every_host_and_the_whole_time_in_service(change: dict[str, Any], says: str) -> None:
     assert any(gate == "health" and says in text for gate, text in against(source(**change)))
+
+
+def test_what_was_not_its_doing_or_is_allowed_is_not_held_against_a_release() -> None:
+    """A restart before it came, in the other slot or while another was tried in its place; a minute of 2880 without the store."""
+    other: dict[str, Any] = {"deployment": 5, "slot": "blue", "seconds": 60.0}
+    tried = [
+        finished(48),
+        finished(20, event="started", outcome="failed", **other),
+        finished(19.9, event="undone", back_to=4, **other),
+    ]
+    well = troubles(50, 20.01, complaints=[60, 10])
+    well["restarts"].append(["atlas-core@green.service", NOW - HOUR])
+    assert against(source(app1=host(journal=tried, troubles=well))) == []
+    assert against(source(app1=host(troubles=well))) != [], "nothing else was tried"
+    allowed = target(limits=LIMITS | {"restarts": 1})
+    assert against(source(app1=host(troubles=troubles(2))), allowed) == []
+
+
+def test_a_restart_counts_for_ever_also_of_an_earlier_deployment_in_another_slot_and_before_its_deploy_was_over() -> (
+    None
+):
+    """The counter of a unit is gone then."""
+    journal = [
+        finished(48, slot="green", event="started", deployment=3, seconds=600),
+        finished(47, slot="green", deployment=3),
+        finished(30, event="started", outcome="ok", seconds=60),
+        finished(29),
+        finished(28, event="started", outcome="ok", seconds=60),  # again in its place, and it was finished already
+    ]
+    for moment, slot, counts in (
+        (48.1, "green", True), (40, "green", True), (20, "green", False), (29.5, "blue", True), (2, "blue", True),
+    ):  # fmt: skip
+        facts = host(
+            journal=journal, troubles=troubles() | {"restarts": [[f"atlas-api@{slot}.service", NOW - moment * HOUR]]}
+        )
+        assert bool(against(source(app1=facts))) == counts, (moment, slot)
+    facts = host(
+        journal=[*journal, finished(27, "2.0-def", deployment=5), finished(26, deployment=6)], troubles=troubles(40)
+    )
+    assert against(source(app1=facts)) == [], "it begins anew after another"
+
+
+def test_a_journal_that_covers_the_soak_but_not_all_of_the_service_is_noted() -> None:
+    one = source(app1=host(troubles=troubles(known=30)))
+    assert against(one) == []
+    (note,) = promotion_plan.notes(one, promotion_plan.source_release(one))
+    assert "of app1 is known since 2027-01-14 02:00:00 UTC" in note
+    assert promotion_plan.notes(source(), promotion_plan.source_release(source())) == []
 
 
 def test_the_soak_of_a_release_outlasts_its_deployments_and_begins_anew_with_another() -> None:
@@ -246,6 +307,8 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         deployments={"4": {"release": name, "version": "1.0", "digest": digest}},
         ready={"status": 200, "release": name},
         journal=[finished(0, name, at=now.isoformat())],
+        clock=datetime.datetime.now(datetime.UTC).timestamp(),
+        troubles=troubles() | {"since": 0.0},
     )
     where = tmp_path / "inventories"
     staging = source(app1=fact, app2=fact) | {"inventory": str(where / "staging"), "signers": "", "limits": LIMITS}

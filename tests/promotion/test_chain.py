@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 import yaml
-from labtest import PROJECT, Lab, slot_in_service
+from labtest import PROJECT, Lab, poll, properties, slot_in_service
 from prooftest import QUICK, Step, play, release_id
 
 from tests.faults import bad_releases
@@ -146,4 +146,25 @@ def test_promoted_again_nothing_changes(labs: Labs, archive: Path) -> None:
     said = promote(
         labs, "staging", "production", "-e", "override=soak", "-e", "reason='the login is broken'"
     ).succeeded()
+    assert "pins it already" in said.output
+
+
+def test_a_service_that_was_killed_during_the_soak_stops_a_promotion_although_all_is_well_again(labs: Labs) -> None:
+    staging = labs["staging"]
+    unit = f"atlas-services@{slot_in_service(staging, HOST)}.service"
+    before = properties(staging, HOST, unit)["MainPID"]
+    staging.ssh(HOST, f"systemctl kill --kill-whom=all --signal=KILL {unit}")
+
+    def is_up() -> bool:
+        now = properties(staging, HOST, unit)
+        return now["ActiveState"] == "active" and now["MainPID"] not in ("0", before)
+
+    poll(is_up, 60, "systemd starts it again")
+    staging.ssh(HOST, f"systemctl reset-failed {unit}")
+    assert properties(staging, HOST, unit)["NRestarts"] == "0", "the counter of the unit knows of nothing"
+    words = ("-e", "reason='it was me'", "-e")
+    promote(labs, "staging", "production", *words, "override=soak").refused(
+        f"health: {HOST}: atlas-services restarted by itself once"
+    )
+    said = promote(labs, "staging", "production", *words, "override=soak,health").succeeded()
     assert "pins it already" in said.output
