@@ -29,6 +29,10 @@ POLL_SECONDS = 0.05
 COMMAND_SECONDS = 5.0
 RELOAD_SECONDS = 5.0
 LOCK_SECONDS = 15.0
+KEPT_OUT = "/etc/haproxy/kept-out.state"
+"""What HAProxy starts with, beside slot.map: the servers that were out when the last order was given."""
+MAINT_BIT, DRAIN_BIT = 0x01, 0x08
+"""Of srv_admin_state: by order, and not by the configuration or a failed check (management guide, 9.3, show servers state)."""
 
 
 class RuntimeFailure(Exception):
@@ -170,11 +174,33 @@ def parse_old_workers(text: str) -> list[int]:
     return pids
 
 
-class Balancer:
-    """A running HAProxy, seen and steered through its runtime socket and, after reloads, its master socket."""
+def parse_kept_out(text: str, active: str | None) -> str:
+    """Return, of the servers in *text* (``show servers state``), those that the next start has to keep out, in the same format.
 
-    def __init__(self, runtime: str, master: str | None = None, check_interval: float = 1.0) -> None:
+    They are in maint, in whichever backend, or in drain in the backend *active*: one that is drained in the other slot only
+    waits for its last requests, and an edge that comes back with an old map may need it.
+    """
+    version, names, *rows = [line for line in text.splitlines() if line.strip()]
+    at = names.removeprefix("# ").split().index
+
+    def out(row: list[str]) -> bool:
+        admin = int(row[at("srv_admin_state")])
+        return bool(admin & MAINT_BIT) or (bool(admin & DRAIN_BIT) and row[at("be_name")] == active)
+
+    return "\n".join([version, names, *(row for row in rows if out(row.split()))]) + "\n"
+
+
+class Balancer:
+    """A running HAProxy, seen and steered through its runtime socket and, after reloads, its master socket.
+
+    *kept_out*: what it starts with; nothing is kept where the role haproxy has not made that file.
+    """
+
+    def __init__(
+        self, runtime: str, master: str | None = None, check_interval: float = 1.0, kept_out: str = KEPT_OUT
+    ) -> None:
         self.runtime = RuntimeSocket(runtime)
+        self.kept_out = Path(kept_out)
         self.master = RuntimeSocket(master) if master and Path(master).exists() else None
         self.check_interval = check_interval
 
@@ -209,10 +235,24 @@ class Balancer:
         return held
 
     def set_state(self, names: Iterable[str], state: str) -> None:
-        """Order *names* into *state* (``ready``, ``drain`` or ``maint``), so that a reload knows of it; nothing is read back."""
+        """Order *names* into *state* (``ready``, ``drain`` or ``maint``), so that a reload knows of it, and a start of who is
+        out; nothing is read back."""
         with self.runtime.steady():
             for name in names:
                 self.runtime.order(f"set server {name} state {state}")
+            self._keep_out()
+
+    def _keep_out(self) -> None:
+        """Have the next start keep out who is out by now: it may lack what is in service, and pass every health check."""
+        try:
+            if not self.kept_out.exists():
+                return
+            active = entries(self.kept_out.with_name("slot.map").read_text()).get("active")
+            replace_file(self.kept_out, parse_kept_out(self.runtime.ask("show servers state"), active))
+        except OSError as error:
+            raise RuntimeFailure(
+                f"HAProxy took the order, but would forget it when it starts: {self.kept_out}: {error.strerror}"
+            ) from error
 
     def _wait(
         self, names: list[str], done: Callable[[Server], bool], deadline: float, failure: Callable[[list[Server]], str]
