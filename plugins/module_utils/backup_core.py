@@ -30,7 +30,7 @@ _CAUSES = (
     ("missing repository", r"is there a repository at|repository does not exist|unable to open config file"),
     (
         "source cannot be reached",
-        r"connection (?:refused|timed out|reset)|no route to host|host key verification|could not resolve",
+        r"connection (?:refused|timed out|reset)|timeout expired|no route to host|host key verification|could not resolve",
     ),
     ("credentials of the source", r"permission denied \(publickey|password authentication failed|no password supplied"),
 )
@@ -42,6 +42,10 @@ class BackupError(Exception):
 
 class RowsDiffer(BackupError):
     """A restored store is well, but does not have the rows that its manifest says."""
+
+
+class EndsBefore(BackupError):
+    """A database was recovered with all of the log that is there, and its target is not in it."""
 
 
 class Point(NamedTuple):
@@ -70,6 +74,16 @@ def parse_time(text: str) -> float:
     except ValueError:
         raise BackupError(f"{text!r} is not a time: write it as 2030-01-31T02:00:00Z") from None
     return (moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)).timestamp()
+
+
+def check_past(at: float, now: float) -> float:
+    """Return the time *at* if it can be restored: nobody knows yet what is written until a time that lies ahead."""
+    if at > now:
+        raise BackupError(
+            f"{rfc3339(at)} lies ahead: it is {rfc3339(now)} now. Times are in UTC unless they have an offset (+02:00). "
+            "For the newest state leave the time out."
+        )
+    return at
 
 
 def rfc3339(at: float) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import shutil
@@ -27,7 +28,7 @@ from ansible.module_utils.atlas_host import HostError, read_json, run, write_ato
 from ansible.module_utils.backup_core import BackupError, Point
 from ansible.module_utils.backup_proof import Proof
 from ansible.module_utils.backup_tar import receive, send, tree
-from ansible.module_utils.backup_wal import Wal
+from ansible.module_utils.backup_wal import Wal, to_the_end
 
 CONFIG = Path("/etc/atlas/backup.json")
 SIGNERS = Path("/etc/atlas/allowed_signers")
@@ -374,6 +375,8 @@ class Backups:
 
         *newest* takes all that has arrived (PostgreSQL: beyond the last point, to the end of the log).
         """
+        if at is not None:
+            core.check_past(at, time.time())
         point = self._point(label, at)
         scratch = self.directory / "scratch" / ticket
         self.discard(ticket)
@@ -381,6 +384,8 @@ class Backups:
         self._lay_out(point, scratch)
         manifest = read_json(scratch / "source" / "manifest.json")
         if self.wal is not None:
+            if at is not None:
+                self.wal.catch_up()
             exact = label is not None or (at is None and not newest)
             target = {"name": manifest["restore_point"]} if exact else {"time": at} if at is not None else {}
             if target:
@@ -391,7 +396,7 @@ class Backups:
             restored_to = target.get("name") or (core.rfc3339(at) if at else "the end of the log")
         else:
             exact, restored_to = True, point.label or core.rfc3339(manifest["taken_at"])
-        found = self.proof.judge(scratch, manifest, self.store, compare=exact)
+        found = self._judge(scratch, manifest, exact, at)
         return {
             **found,
             "ticket": ticket,
@@ -399,6 +404,21 @@ class Backups:
             "point_at": manifest.get("marked_at") or manifest["taken_at"],
             "label": point.label,
         }
+
+    def _judge(self, scratch: Path, manifest: Mapping[str, Any], exact: bool, at: float | None) -> dict[str, Any]:
+        """What its release finds of what is laid out. *exact*: as the manifest says; else at a time, or at the end of the log."""
+        if exact or self.wal is None:
+            return self.proof.judge(scratch, manifest, self.store, compare=exact)
+        data = scratch / "pgdata"
+        whole = functools.partial(self.wal.expect_whole, data, at)
+        if at is None:
+            return self.proof.judge(scratch, manifest, self.store, compare=False, recovered=whole)
+        try:
+            return self.proof.judge(scratch, manifest, self.store, compare=False)
+        except core.EndsBefore:
+            # PostgreSQL knows only by a later commit that a time is reached. Where nothing was written since there is none.
+            to_the_end(data)
+            return self.proof.judge(scratch, manifest, self.store, compare=False, recovered=whole)
 
     def _point(self, label: str | None, at: float | None) -> Point:
         """The point to restore: of the first source, unless the repository was filled by hosts of other names."""

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from ansible.module_utils.backup_core import BackupError
 START_SECONDS = 120.0
 RECOVERY_SECONDS = 6 * 3600.0
 PASSED_ON = ("HOME", "PATH", "LANG", "CREDENTIALS_DIRECTORY")
+TOO_SHORT = "recovery ended before configured recovery target was reached"
 CLUSTER = """\
 listen_addresses = ''
 unix_socket_directories = '{directory}'
@@ -44,10 +45,18 @@ class Proof:
     def __init__(self, directory: Path, port: int, signers: str) -> None:
         self.directory, self.port, self.signers = directory, port, signers
 
-    def judge(self, scratch: Path, manifest: Mapping[str, Any], store: str, compare: bool) -> dict[str, Any]:
+    def judge(
+        self,
+        scratch: Path,
+        manifest: Mapping[str, Any],
+        store: str,
+        compare: bool,
+        recovered: Callable[[float | None], object] = lambda last: None,
+    ) -> dict[str, Any]:
         """Start the release on what lies in *scratch*; what it found. Raises BackupError naming every fault.
 
-        compare: whether the rows must be those of the manifest.
+        compare: whether the rows must be those of the manifest. recovered: told when the last commit of a recovered database
+        was (Unix time, None if there was none in its log), before anything else is done; raises if that will not do.
         """
         deployed = manifest["deployed"]
         program = self._release(scratch, deployed)
@@ -56,6 +65,7 @@ class Proof:
             shutil.copyfile(scratch / "source" / "atlas.db", scratch / "trial.db")
             return self._try(program, scratch, f"sqlite:///{scratch}/trial.db", None, manifest, compare)
         with self._cluster(scratch) as socket:
+            recovered(_last_commit(socket))
             url = f"postgresql+psycopg://{_login(socket)}@/atlas?host={socket}"
             found = self._try(program, scratch, url, "atlas", manifest, compare)
         self._settle(scratch / "pgdata")
@@ -167,7 +177,8 @@ class Proof:
                         for line in log.read_text(errors="replace").splitlines()
                         if "FATAL" in line or "PANIC" in line
                     ]
-                    raise core.explain("recovering the database", "\n".join(fatal) or log.read_text(errors="replace"))
+                    error = core.explain("recovering the database", "\n".join(fatal) or log.read_text(errors="replace"))
+                    raise core.EndsBefore(str(error)) if any(TOO_SHORT in line for line in fatal) else error
                 asked = _ask(directory, "SELECT pg_is_in_recovery()")
                 if asked.status == 0 and asked.output.strip() == "f":
                     break
@@ -205,6 +216,12 @@ class Proof:
 def _ask(socket: Path, statement: str) -> Any:
     """Run *statement* as the superuser of the scratch database; its status, output and errors."""
     return run(["psql", "-XAtq", "-h", str(socket), "-U", "postgres", "-d", "postgres", "-c", statement], timeout=30)
+
+
+def _last_commit(socket: Path) -> float | None:
+    """Return when the last transaction was committed that recovery replayed."""
+    asked = _ask(socket, "SELECT extract(epoch FROM pg_last_xact_replay_timestamp())")
+    return float(asked.output) if asked.output.strip() else None
 
 
 def _login(socket: Path) -> str:

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import time
 import zlib
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils import backup_core as core
-from ansible.module_utils.atlas_host import HostError, read_json, run
+from ansible.module_utils.atlas_host import HostError, read_json, run, write_atomically
 from ansible.module_utils.backup_core import BackupError
 
 BARMAN_CONFIG = "/etc/atlas/barman.conf"
@@ -29,10 +30,18 @@ LAG_SECONDS = 60.0
 RECEIVER_SECONDS = 20.0
 """A rotation restarts the receiver: it may be away for so long before that is a failure."""
 RECEIVER = (
-    "SELECT extract(epoch FROM clock_timestamp() - reply_time), pg_wal_lsn_diff(pg_current_wal_lsn(), write_lsn)"
-    " FROM pg_stat_replication WHERE application_name = 'barman_receive_wal'"
+    "SELECT extract(epoch FROM clock_timestamp() - reply_time), pg_wal_lsn_diff(written, write_lsn),"
+    " extract(epoch FROM clock_timestamp()), written, inserted, pg_walfile_name(inserted)"
+    " FROM pg_stat_replication, pg_current_wal_lsn() AS written, pg_current_wal_insert_lsn() AS inserted"
+    " WHERE application_name = 'barman_receive_wal'"
 )
+CONTACT_SECONDS = 10.0
+"""A restore to a time asks the database, if it is still there, for the last of its log, and waits so long for it."""
+CLOCK_SECONDS = 1.0
+"""Longer than a commit takes from looking at the clock to its place in the log."""
 PIECE_BYTES = 1 << 20
+PAGE_BYTES = 8192
+SEGMENT_BYTES = 16 << 20
 REBUILD = f"On the backup host, as its user: barman -c {BARMAN_CONFIG} rebuild-xlogdb {SERVER}"
 _LOG = re.compile(r"[0-9A-F]{24}(\.partial)?|[0-9A-F]{8}\.history")
 
@@ -56,7 +65,17 @@ class Wal:
 
     def sql(self, statement: str) -> list[str]:
         """The fields of the first row of *statement*, asked of the database itself; [] without a row."""
-        argv = ["psql", "service=atlas dbname=postgres", "-XAtq", "-F", "\t", "-v", "ON_ERROR_STOP=1", "-c", statement]
+        argv = [
+            "psql",
+            "service=atlas dbname=postgres connect_timeout=5",
+            "-XAtq",
+            "-F",
+            "\t",
+            "-v",
+            "ON_ERROR_STOP=1",
+            "-c",
+            statement,
+        ]
         done = run(argv, timeout=60, env=self._environment())
         if done.status:
             raise core.explain("asking the database", done.errors)
@@ -160,18 +179,21 @@ class Wal:
         argv = ["barman", "-c", BARMAN_CONFIG, "receive-wal", SERVER]
         os.execvpe(argv[0], argv, {**os.environ, **self._environment()})  # noqa: S606
 
-    def mark(self) -> dict[str, Any]:
-        """Write a restore point and wait until it is safe in the repository: name, when it was and when it had arrived."""
+    def mark(self, patience: float = ARRIVAL_SECONDS) -> dict[str, Any]:
+        """Write a restore point and wait until it is safe in the repository: name, when it was and when it had arrived.
+
+        patience: seconds until its arrival.
+        """
         self.expect_same()
         name = time.strftime("atlas-%Y%m%dT%H%M%S", time.gmtime()) + f"-{time.time_ns() // 1_000_000 % 1000:03d}"
         statement = "SELECT extract(epoch FROM clock_timestamp()), lsn, pg_walfile_name(lsn)"
         at, lsn, segment = self.sql(f"{statement} FROM pg_create_restore_point('{name}') AS lsn")
         self.sql("SELECT pg_switch_wal()")
-        deadline = time.monotonic() + ARRIVAL_SECONDS
+        deadline = time.monotonic() + patience
         while not self._has(segment):
             if time.monotonic() > deadline:
                 raise BackupError(
-                    f"the log of the database does not arrive: segment {segment} is missing after {ARRIVAL_SECONDS:.0f} s. "
+                    f"the log of the database does not arrive: segment {segment} is missing after {patience:.0f} s. "
                     "See: systemctl status atlas-backup-log"
                 )
             time.sleep(0.1)
@@ -183,6 +205,7 @@ class Wal:
                 raise BackupError(f"Barman does not archive segment {segment}. See: barman check {SERVER}")
             time.sleep(0.2)
         timeline = int(segment[:8], 16)
+        self._note_received(timeline, float(at), lsn)
         return {
             "restore_point": name, "timeline": timeline, "lsn": lsn, "marked_at": float(at), "arrived_at": arrived
         }  # fmt: skip
@@ -205,7 +228,43 @@ class Wal:
         age, behind = float(row[0] or 0), int(float(row[1] or 0))
         if behind > 0 and age > LAG_SECONDS:
             raise BackupError(f"the log of the database is {behind} bytes and {age:.0f} s behind")
+        at, written, inserted, segment = row[2:]
+        if behind <= 0 and is_between_records(written, inserted):
+            self._note_received(int(segment[:8], 16), float(at), written)
         return {"rpo_seconds": round(age, 2), "behind_bytes": behind}
+
+    def _note_received(self, timeline: int, at: float, lsn: str) -> None:
+        """Remember that all that the database had acknowledged at the Unix time *at* of its own clock is here, up to *lsn*."""
+        noted = read_json(self.home / "received.json")
+        text = json.dumps({**noted, str(timeline): {"at": at, "lsn": lsn}}, sort_keys=True)
+        write_atomically(self.home / "received.json", text + "\n", 0o600)
+
+    def catch_up(self) -> None:
+        """Have the last of the log here, if the database can still be asked for it."""
+        try:
+            self.mark(CONTACT_SECONDS)
+        except (BackupError, HostError) as error:
+            print(f"The log is taken as it is: {error}", file=sys.stderr)
+
+    def expect_whole(self, data: Path, at: float | None, last: float | None) -> None:
+        """Refuse a cluster in *data*, recovered with all of the log, if the log should go further: to the Unix time *at*, say.
+
+        last: when the last commit in it was. Nothing is missing only if later than *at* all that the database had acknowledged
+        was seen to be here, and is in it. For PostgreSQL a log with a hole ends there, as if nothing had followed.
+        """
+        timeline, end = _ended(data)
+        until = f"the log can be read to {core.rfc3339(last)}" if last else "the log holds no commit that can be read"
+        noted = read_json(self.home / "received.json").get(str(timeline)) or {}
+        beyond = _beyond(data / "barman_wal", timeline, end)
+        if beyond or _position(noted.get("lsn", "0/0")) > end:
+            what = (
+                f"{beyond} is there, and what leads to it is not" if beyond else f"it had arrived up to {noted['lsn']}"
+            )
+            raise _damaged(f"{until}, although {what}. {_instead(last, newest=False)}")
+        if at is not None and noted.get("at", 0.0) < at + CLOCK_SECONDS:
+            raise BackupError(
+                f"{until}, and nothing shows that it was complete at {core.rfc3339(at)}. {_instead(last, newest=True)}"
+            )
 
     def recover(self, base: str, target: Path, to: Mapping[str, Any]) -> None:
         """Lay out the cluster of a base backup in *target*, to be brought to a restore point, a time, or the end.
@@ -243,6 +302,51 @@ class Wal:
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(1)
+
+
+def to_the_end(data: Path) -> None:
+    """Have a cluster that did not find its time in the log recovered with all of it; it goes on from where it is."""
+    settings = data / "postgresql.auto.conf"
+    lines = settings.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if not line.startswith(("recovery_target_time ", "recovery_target_action"))]
+    settings.write_text("".join(kept))
+
+
+def _ended(data: Path) -> tuple[int, int]:
+    """Return the timeline that a recovered cluster left, and the position in bytes behind the last record of it."""
+    newest = max((data / "pg_wal").glob("*.history"), key=lambda path: path.name)
+    timeline, position, *_ = newest.read_text().splitlines()[-1].split()
+    return int(timeline), _position(position)
+
+
+def is_between_records(written: str, inserted: str) -> bool:
+    """Tell whether what was *written* ends with a whole record: the next one begins there, or behind the header of a page."""
+    header = _position(inserted) - _position(written)
+    return header in (0, 24) or (header == 40 and _position(written) % SEGMENT_BYTES == 0)
+
+
+def _position(lsn: str) -> int:
+    high, low = lsn.split("/")
+    return (int(high, 16) << 32) + int(low, 16)
+
+
+def _beyond(log: Path, timeline: int, end: int) -> str | None:
+    """Return the first segment of *timeline* in the directory *log* that begins after *end* and holds something."""
+    for path in sorted(log.glob(f"{timeline:08X}" + "?" * 16)):
+        start = (int(path.name[8:16], 16) << 32) + int(path.name[16:], 16) * path.stat().st_size
+        with path.open("rb") as file:
+            # The receiver fills a file with zeros before the first byte comes.
+            if start > end and any(file.read(PAGE_BYTES)):
+                return path.name
+    return None
+
+
+def _instead(last: float | None, newest: bool) -> str:
+    """Say what can be asked for instead."""
+    ways = [f"to then or earlier (-e backup_restore_time={core.rfc3339(last)})"] if last else []
+    ways += ["to the newest state (without a time)"] if newest else []
+    ways += ["to an earlier label or time"] if not last else []
+    return f"Restore {', or '.join(ways)}."
 
 
 def _damaged(what: str) -> BackupError:

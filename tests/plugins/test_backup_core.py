@@ -244,3 +244,11 @@ def test_a_stream_over_the_limit_or_cut_short_is_refused(tmp_path: Path) -> None
         directory.mkdir()
         with pytest.raises(BackupError, match="cut short|damaged"):
             receive(io.BytesIO(whole[:length]), directory, 10_000)
+
+
+def test_a_time_that_lies_ahead_is_refused() -> None:
+    assert core.check_past(1000.0, 1000.0) == 1000.0
+    with pytest.raises(
+        BackupError, match="1970-01-01T00:16:41Z lies ahead: it is 1970-01-01T00:16:40Z now. Times are in UTC"
+    ):
+        core.check_past(1001.0, 1000.0)

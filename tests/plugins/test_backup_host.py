@@ -197,7 +197,7 @@ class Log(Wal):
     def bases(self) -> dict[str, float]:
         return {"base": 1.0}
 
-    def mark(self) -> dict[str, Any]:
+    def mark(self, patience: float = 1.0) -> dict[str, Any]:
         self.marks += 1
         return {"restore_point": f"point-{self.marks}", "marked_at": 1.0, "arrived_at": 1.5}
 
@@ -287,7 +287,9 @@ def test_a_receiver_that_restarts_is_no_failure_and_one_that_stays_away_is(
     monkeypatch.setattr(wal, "barman", lambda *_: "")
     for away, is_back in ((5.0, True), (3600.0, False)):
         clock[0] = 0.0
-        monkeypatch.setattr(wal, "sql", lambda _, until=away: ["0.5", "0"] if clock[0] >= until else [])
+        monkeypatch.setattr(
+            wal, "sql", lambda _, until=away: ["0.5", "0", "7.0", "0/5", "0/5", "0" * 24] if clock[0] >= until else []
+        )
         if is_back:
             assert Wal.tend(wal) == {"rpo_seconds": 0.5, "behind_bytes": 0}
         else:

@@ -65,6 +65,18 @@ def test_a_mistake_is_undone_to_the_second_before_it(
     processed(lab, kept | later, wait_for)
 
 
+def test_this_very_second_can_be_restored_and_the_next_hour_cannot(lab: Lab, kept: dict[str, str]) -> None:
+    """Perhaps nothing was committed since, by which PostgreSQL would know the second."""
+    try:
+        status, found = run(lab, BACKUP, "prepare", "probe", "--at", "$(date -u +%FT%TZ)")
+        assert status == 0, found
+        assert found["rows"]["documents"] >= len(kept)
+    finally:
+        assert run(lab, BACKUP, "discard", "probe")[0] == 0
+    status, said = run(lab, BACKUP, "prepare", "probe", "--at", "$(date -u -d '1 hour' +%FT%TZ)")
+    assert status == 1 and "lies ahead" in said, said
+
+
 def test_a_lost_database_loses_nothing_whose_log_had_arrived(
     lab: Lab, wait_for: Callable[..., Any], kept: dict[str, str]
 ) -> None:
