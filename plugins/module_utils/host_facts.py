@@ -38,7 +38,7 @@ from ansible.module_utils.atlas_host import (
 )
 from ansible.module_utils.canary import counters
 from ansible.module_utils.haproxy_runtime import RuntimeFailure, RuntimeSocket
-from ansible.module_utils.rotation import EVENT
+from ansible.module_utils.rotation import noted
 
 STATE = Path("/var/lib/atlas-deploy")
 MAP = Path("/etc/haproxy/slot.map")
@@ -251,7 +251,7 @@ def facts(params: Mapping[str, Any]) -> dict[str, Any]:
         "requests": requests(slot) if slot else None,
         "troubles": troubles() if params.get("troubles") else None,
         "journal": journal[-entries:] if entries else [],
-        "rotations": [entry for entry in journal if entry.get("event") == EVENT],
+        "rotations": noted(journal),
         "first_entry": journal[0]["at"] if journal else None,
         "edge": balancer(params["socket"]),
         "disk": {"opt_mb": free_mb(Path("/opt/atlas")), "var_mb": free_mb(Path("/var/lib/atlas"))},

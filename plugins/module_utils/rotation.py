@@ -27,6 +27,8 @@ KINDS = ("tokens", "database", "backup", "fernet", "ssh", "vault", "tls")
 FERNET, ESCROW, TOKENS = "vault_atlas_fernet_keys", "vault_atlas_fernet_escrow", "vault_atlas_tokens"
 CERTIFICATE = "vault_haproxy_tls_pem"
 EVENT = "rotation"
+DEPLOYED = "finished"
+"""The entry of a deployment that is in service (``atlas_slot``)."""
 DONE = "finished"
 DAY = 86400
 Vault = dict[str, Any]
@@ -107,22 +109,30 @@ def missing_key(journals: Mapping[str, Sequence[Mapping[str, Any]]], known: Sequ
     return None if last is None or last.get("new") in known else last
 
 
-def older_vault(journals: Mapping[str, Sequence[Mapping[str, Any]]], serial: int) -> str | None:
-    """Return what to tell whoever has a vault file with *serial*, if steps of rotations were done with a later one; else None.
+def noted(journal: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return what a host's *journal* holds of rotations: their entries, and of those of deploys the one with the newest vault file."""
+    deploys = [entry for entry in journal if entry.get("event") == DEPLOYED and entry.get("outcome", "ok") == "ok"]
+    newest = max(deploys, key=lambda entry: int(entry.get("serial", 0)), default=None)
+    return [entry for entry in journal if entry.get("event") == EVENT or entry is newest]
 
-    A rotation notes the serial that it found at each step, and writes the next one after it: what is noted is never ahead of
-    the vault file of who rotates. Entries from before there were serials have none.
+
+def older_vault(journals: Mapping[str, Sequence[Mapping[str, Any]]], serial: int) -> str | None:
+    """Return what to tell whoever has a vault file with *serial*, if a later one was used on the hosts; else None.
+
+    A rotation notes the serial that it found at each step, and writes the next one after it; a deploy notes the one that it was
+    made with when it is in service, for the rotation may be killed before its own note. So what is noted is never ahead of the vault
+    file of who rotates. Entries from before there were serials have none.
     """
     entries = [
-        entry
-        for journal in journals.values()
-        for entry in journal
-        if entry.get("event") == EVENT and int(entry.get("serial", 0)) > serial
+        entry for journal in journals.values() for entry in noted(journal) if int(entry.get("serial", 0)) > serial
     ]
     if not entries:
         return None
-    later = {str(entry["kind"]): entry for entry in sorted(entries, key=lambda entry: int(entry["order"]))}
+    rotations = sorted((entry for entry in entries if entry["event"] == EVENT), key=lambda entry: int(entry["order"]))
+    later = {str(entry["kind"]): entry for entry in rotations}
     steps = [f"{kind} ({of['step']} {of['at']} by {of.get('by', 'somebody')})" for kind, of in later.items()]
+    deploys = {entry["deployment"]: entry for entry in entries if entry["event"] == DEPLOYED}
+    steps += [f"deployment {number} ({of['at']})" for number, of in sorted(deploys.items())]
     newest = max(int(entry["serial"]) for entry in entries)
     return (
         f"The vault file here is older (vault_serial {serial}) than what rotations brought into service since ({newest}): "

@@ -41,6 +41,10 @@ options:
     description: Name to plaintext of the service's credentials. Never logged.
     type: dict
     required: true
+  vault_serial:
+    description: The serial of the vault file that the credentials are from. The journal notes it when the deployment comes into service.
+    type: int
+    default: 0
   check:
     description: Whether the release checks the settings. Its services do so anyhow when they start.
     type: bool
@@ -132,8 +136,8 @@ def render(host: Host, wanted: Mapping[str, Any], credentials: Mapping[str, str]
         (partial / "release").symlink_to(f"../../releases/{wanted['release']}")
         _write(partial / "settings.yaml", str(wanted["settings"]).encode(), 0o640)
         os.chown(partial / "settings.yaml", 0, grp.getgrnam("atlas").gr_gid)
-        names = ("id", "release", "version", "digest", "schema", "fingerprint", "credentials", "created_at")
-        content = {key: wanted[key] for key in names}
+        names = ("id", "release", "version", "digest", "schema", "fingerprint", "credentials", "vault_serial")
+        content = {key: wanted[key] for key in (*names, "created_at")}
         _write(partial / "deployment.json", (json.dumps(content, indent=2) + "\n").encode(), 0o644)
         (partial / "credentials").mkdir(mode=0o700)
         for name, secret in credentials.items():
@@ -146,8 +150,8 @@ def render(host: Host, wanted: Mapping[str, Any], credentials: Mapping[str, str]
         raise
 
 
-def renew(host: Host, number: int, credentials: Mapping[str, str]) -> None:
-    """Give the deployment *number* other credentials; until the last step it has the ones before."""
+def renew(host: Host, number: int, credentials: Mapping[str, str], serial: int) -> None:
+    """Give the deployment *number* other credentials, of the vault file *serial*; until the last step it has the ones before."""
     directory = host.deployment(number)
     partial = directory / ".credentials.partial"
     shutil.rmtree(partial, ignore_errors=True)
@@ -158,7 +162,7 @@ def renew(host: Host, number: int, credentials: Mapping[str, str]) -> None:
     content, key = read_json(directory / "deployment.json"), fingerprint_key(host.state)
     settings = _read(directory / "settings.yaml")
     content["fingerprint"] = fingerprint(key, str(content.get("digest")), settings, credentials)
-    content["credentials"] = fingerprint(key, "", "", credentials)
+    content |= {"credentials": fingerprint(key, "", "", credentials), "vault_serial": serial}
     write_atomically(directory / "deployment.json", json.dumps(content, indent=2) + "\n")
     (directory / "credentials.revoked").unlink(missing_ok=True)
 
@@ -183,6 +187,7 @@ def main() -> None:
             "schema": {"type": "dict", "default": {}},
             "settings": {"type": "str", "required": True},
             "credentials": {"type": "dict", "required": True, "no_log": True},
+            "vault_serial": {"type": "int", "default": 0},
             "check": {"type": "bool", "default": True},
             "renew": {"type": "bool", "default": False},
             "slot": {"type": "str", "choices": ["blue", "green"], "default": "blue"},
@@ -208,7 +213,7 @@ def apply(params: Mapping[str, Any], host: Host, check: bool) -> dict[str, Any]:
     if params["renew"]:
         if not check:
             with host.recorded("renewed", "stage", deploy=params["deploy"], deployment=number):
-                renew(host, number, credentials)
+                renew(host, number, credentials, params["vault_serial"])
         return {"changed": True, "current": None, "number": number}
     slot = host.in_service()
     current = host.slots()[slot] if slot else None
@@ -242,7 +247,7 @@ def apply(params: Mapping[str, Any], host: Host, check: bool) -> dict[str, Any]:
     if not check:
         details = {"deploy": params["deploy"], "deployment": number, "release": params["release"]}
         with host.recorded("staged", "stage", **details):
-            fields = {key: params[key] for key in ("release", "version", "digest", "schema")}
+            fields = {key: params[key] for key in ("release", "version", "digest", "schema", "vault_serial")}
             own = {"id": number, "fingerprint": mark, "created_at": now(), "settings": settings}
             own["credentials"] = fingerprint(fingerprint_key(host.state), "", "", credentials)
             render(host, {**fields, **own}, credentials)

@@ -177,6 +177,8 @@ class Slot:
             "slot": slot,
             "release": self.params["release"],
             "rolled_back": self.params["rolled_back"],
+            # From here on older vault files are refused, also if the rotation that this deploy is a part of gets no further.
+            "serial": int(host.deployments().get(number, {}).get("vault_serial") or 0),
         }
         self._refuse_others()
         was_in_service = host.transaction().get("in_service")

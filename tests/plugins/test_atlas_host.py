@@ -667,7 +667,15 @@ def wanted(**other: Any) -> dict[str, Any]:
         "credentials": {"tokens": "SECRET"},
     }
     return (
-        {"number": 1, "schema": {"head": "1"}, "slot": "blue", "deploy": "d1", "check": True, "renew": False}
+        {
+            "number": 1,
+            "schema": {"head": "1"},
+            "slot": "blue",
+            "deploy": "d1",
+            "check": True,
+            "renew": False,
+            "vault_serial": 4,
+        }
         | content
         | other
     )
@@ -707,6 +715,28 @@ def test_the_new_release_checks_its_settings_as_they_will_be(host: Host, as_root
     assert commands == [["config", "check"]]
     content = json.loads((host.deployment(1) / "deployment.json").read_text())
     assert content["schema"] == {"head": "1"} and host.journal()[-1]["event"] == "staged"
+
+
+def test_a_deployment_notes_the_serial_of_its_vault_file_when_it_is_in_service_and_not_before(
+    host: Host, as_root: None, healthy: None
+) -> None:
+    serving(host, "blue", 1)
+    atlas_deployment.apply(wanted(number=2, vault_serial=5), host, False)
+    slot = atlas_slot.Slot(params(slot="green", number=2, release="1.0-abc"), host, False)
+    slot.started()
+    assert rotation.older_vault({"app1": host.journal()}, 4) is None
+    slot.undone()
+    assert rotation.older_vault({"app1": host.journal()}, 4) is None
+    slot.started()
+    slot.finished()
+    assert "deployment 2 (" in str(rotation.older_vault({"app1": host.journal()}, 4))
+    assert rotation.older_vault({"app1": host.journal()}, 5) is None
+    # Another one comes back, by a rollback, with credentials of now.
+    atlas_deployment.apply(wanted(renew=True, settings="", vault_serial=6), host, False)
+    slot = atlas_slot.Slot(params(slot="blue", number=1, release="1.0-abc", rolled_back=2), host, False)
+    slot.started()
+    slot.finished()
+    assert [entry.get("serial") for entry in rotation.noted(host.journal())] == [6]
 
 
 def test_revoked_credentials_are_replaced_and_nothing_else(host: Host, as_root: None) -> None:

@@ -716,6 +716,12 @@ def test_a_vault_file_from_before_a_rotation_deploys_nothing() -> None:
     assert len(refused(known_keys=["retired"])) == 1, "a vault file without a serial"
     assert refused(known_keys=["newest"], vault_serial=2) == []
 
+    rotations.append({"event": "finished", "deployment": 8, "at": "1970-01-12T00:01:00Z", "serial": 3})
+    (told,) = refused(known_keys=["newest"], vault_serial=2)
+    assert "deployment 8 (1970-01-12T00:01:00Z)" in told, "of a rotation that was killed before it noted that"
+    for mode in ({}, {"rollback": {"deployment": ""}}):
+        assert refused(known_keys=["newest"], vault_serial=3, **mode) == []
+
 
 def test_status_names_what_is_half_rotated_or_overdue() -> None:
     begun = {"event": "rotation", "kind": "fernet", "step": "added", "at": "1970-01-12T00:00:00Z", "order": 1}

@@ -147,6 +147,8 @@ class World:
             both = [{fingerprint(key) for key in side[FERNET]} for side in (self.deployed, self.vault)]
             assert set(self.rows) <= both[0] & both[1], "one of the two could not read a row"
             self.deployed = self.read()
+            at = {"at": "2027-01-15T08:00:00Z", "outcome": "ok", "serial": self.serial}
+            self.journal.append({"event": "finished", "deployment": len(self.journal), **at})
 
         self.change(effect)
 
@@ -341,6 +343,49 @@ def test_a_vault_file_from_before_a_rotation_is_told_what_was_rotated_when_and_b
     assert "git pull" in told and told.endswith("vault_serial: 5")
     assert "tokens" not in str(rotation.older_vault(journals, 2)) and rotation.older_vault(journals, 5) is None
     assert rotation.older_vault({"app1": journals["app1"][:1], "app2": []}, 0) is None
+
+
+@pytest.mark.parametrize("kind", ["fernet", "tokens", "database"])
+def test_what_a_rotation_deployed_is_kept_from_older_vault_files_also_if_it_was_killed_before_its_note(
+    kind: str,
+) -> None:
+    world = World()
+    deploy, deploys = world.deploy, 0
+
+    def counted() -> None:
+        nonlocal deploys
+        deploys += 1
+        deploy()
+        if deploys == 1:
+            raise Killed
+
+    world.deploy = counted  # type: ignore[method-assign]
+    with pytest.raises(Killed):
+        run(world, kind)
+    assert all(int(entry["serial"]) < world.serial for entry in world.journal if entry["event"] == "rotation")
+    number = world.journal[-1]["deployment"]
+    told = rotation.older_vault({"app1": world.journal}, world.serial - 1)
+    assert (
+        told
+        and f"deployment {number} (2027-01-15T08:00:00Z)" in told
+        and told.endswith(f"vault_serial: {world.serial}")
+    )
+    assert rotation.older_vault({"app1": rotation.noted(world.journal)}, world.serial - 1) == told
+    run(world, kind)
+    assert deploys > 1, "the one with the vault file goes on"
+
+
+def test_a_deployment_that_did_not_come_into_service_notes_nothing() -> None:
+    deploy = {"at": "2027-01-15T08:00:00Z", "deployment": 7, "serial": 9}
+    journal: list[dict[str, Any]] = [
+        {"event": "staged", **deploy},
+        {"event": "finished", "outcome": "failed", **deploy},
+        {"event": "undone", **deploy},
+        {"event": "finished", "outcome": "ok", **deploy, "serial": 3},
+        {"event": "finished", "at": "2027-01-15T09:00:00Z", "deployment": 6},  # from before there were serials
+    ]
+    assert rotation.noted(journal) == [journal[3]]
+    assert rotation.older_vault({"app1": journal}, 3) is None and rotation.older_vault({"app1": journal}, 2)
 
 
 def test_old_and_new_tokens_are_good_together_and_then_the_old_ones_are_not() -> None:
