@@ -31,8 +31,8 @@ RELOAD_SECONDS = 5.0
 LOCK_SECONDS = 15.0
 KEPT_OUT = "/etc/haproxy/kept-out.state"
 """What HAProxy starts with, beside slot.map: the servers that were out when the last order was given."""
-MAINT_BIT, DRAIN_BIT = 0x01, 0x08
-"""Of srv_admin_state: by order, and not by the configuration or a failed check (management guide, 9.3, show servers state)."""
+OUT_BITS = 0x01 | 0x08
+"""Of srv_admin_state: in maint or in drain by order, and not by the configuration or a failed check (management guide, 9.3, show servers state)."""
 
 
 class RuntimeFailure(Exception):
@@ -177,15 +177,14 @@ def parse_old_workers(text: str) -> list[int]:
 def parse_kept_out(text: str, active: str | None) -> str:
     """Return, of the servers in *text* (``show servers state``), those that the next start has to keep out, in the same format.
 
-    They are in maint, in whichever backend, or in drain in the backend *active*: one that is drained in the other slot only
-    waits for its last requests, and an edge that comes back with an old map may need it.
+    They are in maint or drain in the backend *active*. Those of the other slot only wait for their last requests or for the
+    next deploy, and traffic falls back to them where the one in service did not come back.
     """
     version, names, *rows = [line for line in text.splitlines() if line.strip()]
     at = names.removeprefix("# ").split().index
 
     def out(row: list[str]) -> bool:
-        admin = int(row[at("srv_admin_state")])
-        return bool(admin & MAINT_BIT) or (bool(admin & DRAIN_BIT) and row[at("be_name")] == active)
+        return row[at("be_name")] == active and bool(int(row[at("srv_admin_state")]) & OUT_BITS)
 
     return "\n".join([version, names, *(row for row in rows if out(row.split()))]) + "\n"
 
@@ -248,7 +247,9 @@ class Balancer:
             if not self.kept_out.exists():
                 return
             active = entries(self.kept_out.with_name("slot.map").read_text()).get("active")
-            replace_file(self.kept_out, parse_kept_out(self.runtime.ask("show servers state"), active))
+            wanted = parse_kept_out(self.runtime.ask("show servers state"), active)
+            if wanted != self.kept_out.read_text():
+                replace_file(self.kept_out, wanted)
         except OSError as error:
             raise RuntimeFailure(
                 f"HAProxy took the order, but would forget it when it starts: {self.kept_out}: {error.strerror}"
@@ -400,6 +401,7 @@ class Balancer:
             except RuntimeFailure:
                 replace_file(Path(path), before)
                 raise
+            self._keep_out()
         if entries(Path(path).read_text()).get(key) != value:
             raise RuntimeFailure(f"{path} does not say '{key} {value}' though HAProxy does: who else writes it?")
 
