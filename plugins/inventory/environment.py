@@ -93,7 +93,8 @@ class InventoryModule(BaseInventoryPlugin):  # type: ignore[misc]
         weakness = password_weakness(password)
         if weakness:
             _fail(
-                f"The password of the vault id {vault_id} {weakness}. Make a new vault: see docs, or bin/vault-client --help"
+                f"The password of the vault id {vault_id}, from {_source(vault_id)}, {weakness}. Make a new vault: see docs, or "
+                "bin/vault-client --help"
             )
         secret = VaultSecret(password.encode())
         text = vault_file.read_bytes()
@@ -117,8 +118,8 @@ class InventoryModule(BaseInventoryPlugin):  # type: ignore[misc]
             )
         if plain is None:
             _fail(
-                f"The password found for the vault id {vault_id} does not open {vault_file}. bin/vault-client --vault-id {vault_id} "
-                f"takes it from the variable, the command or the file that bin/vault-client --help lists: correct that one"
+                f"The password of the vault id {vault_id} does not open {vault_file}. It comes from {_source(vault_id)}. Correct it "
+                "there, or take it away there: then the next source is asked (bin/vault-client --help)"
             )
         vault = yaml.safe_load(plain)
         if not isinstance(vault, Mapping):
@@ -151,6 +152,13 @@ def _others_read() -> list[str]:
     """Return the playbooks of this run, if all of them read other inventories; the one in ansible.cfg is not wanted then."""
     playbooks = sorted(Path(name).name for name in context.CLIARGS.get("args") or ())
     return playbooks if set(playbooks) <= READ_OTHERS.keys() else []
+
+
+def _source(vault_id: str) -> str:
+    """Return where the password comes from, in words, and what was asked before that."""
+    asked = _ask(vault_id, "--source").stdout.splitlines() or ["bin/vault-client"]
+    source = f"the file {asked[-1]}" if asked[-1].startswith("/") else asked[-1]
+    return source + (f" (tried before: {', '.join(asked[:-1])})" if asked[:-1] else "")
 
 
 def _refuse_inventory() -> None:

@@ -88,7 +88,7 @@ class VaultFile:
         )
         if done.returncode:
             raise VaultError(done.stderr.strip())
-        source = done.stdout.strip()
+        source = done.stdout.splitlines()[-1]
         if not source.startswith("/"):
             raise VaultError(
                 f"The password of the vault id {self.vault_id} comes from {source}, where this cannot put another. Change it by "

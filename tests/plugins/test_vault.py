@@ -224,12 +224,13 @@ def ask(checkout: Path, password: str | None, expression: str = "atlas_database_
     return run(checkout, password, ["ansible", "one", "-m", "debug", "-a", f"var={expression}"])
 
 
-def run(checkout: Path, password: str | None, command: list[str]) -> tuple[int, str]:
-    """Run one of Ansible's commands on the inventory; exit status and all output."""
+def run(checkout: Path, password: str | None, command: list[str], **more: str) -> tuple[int, str]:
+    """Run one of Ansible's commands on the inventory, with *more* in its environment; exit status and all output."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("ATLAS_", "ANSIBLE_"))}
     environment |= {"HOME": str(checkout / "home"), "ANSIBLE_CONFIG": str(checkout / "ansible.cfg")}
     if password:
         environment["ATLAS_VAULT_PASSWORD_SHOP"] = password
+    environment |= more
     result = subprocess.run(
         [str(Path(sys.executable).with_name(command[0])), "-i", "inventories/shop", *command[1:]],
         cwd=checkout,
@@ -254,7 +255,7 @@ def test_the_right_password_opens_the_vault(checkout: Path) -> None:
     [
         (None, "No password for the vault id shop"),
         ("Another-" + STRONG, "does not open"),
-        ("short", "too short"),
+        ("short", "shop, from the variable ATLAS_VAULT_PASSWORD_SHOP, is too short"),
     ],
 )
 def test_no_wrong_or_short_password_is_one_clear_error(checkout: Path, password: str | None, says: str) -> None:
@@ -264,6 +265,35 @@ def test_no_wrong_or_short_password_is_one_clear_error(checkout: Path, password:
     assert says in output
     assert output.count("ERROR") == 1
     assert "Traceback" not in output
+
+
+UNSET = "the variable ATLAS_VAULT_PASSWORD_SHOP (not set)"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ("variable", "It comes from the variable ATLAS_VAULT_PASSWORD_SHOP. "),
+        ("command", f"It comes from the command in ATLAS_VAULT_COMMAND (tried before: {UNSET}). "),
+        (
+            "file",
+            "It comes from the file {home}/.config/atlas/vault/shop (tried before: "
+            f"{UNSET}, the command in ATLAS_VAULT_COMMAND (not set)). ",
+        ),
+    ],
+)
+def test_a_wrong_password_is_told_with_where_it_comes_from(checkout: Path, wrong: str, says: str) -> None:
+    vault, other = encrypt(checkout, STRONG, generate()), f"Another-{STRONG}"
+    private(checkout / "home/.config/atlas/vault/shop", other if wrong == "file" else STRONG)
+    manager = checkout / "manager"
+    private(manager, f"#!/bin/sh\necho {other}\n", 0o700)
+    more = {"ATLAS_VAULT_COMMAND": str(manager)} if wrong == "command" else {}
+    touch = {"hosts": "all", "gather_facts": False, "tasks": [{"ansible.builtin.command": "touch touched"}]}
+    (checkout / "play.yml").write_text(yaml.safe_dump([touch]))
+    status, output = run(checkout, other if wrong == "variable" else None, ["ansible-playbook", "play.yml"], **more)
+    assert status != 0 and output.count("ERROR") == 1 and "Traceback" not in output, output
+    assert f"The password of the vault id shop does not open {vault}. {says.format(home=checkout / 'home')}" in output
+    assert other not in output and not (checkout / "touched").exists()
 
 
 def test_a_vault_without_a_needed_secret_is_refused(checkout: Path) -> None:
