@@ -190,6 +190,47 @@ def test_a_failing_command_is_reported_with_its_words(tmp_path: Path) -> None:
     assert "locked" in answer.stderr
 
 
+# --- a new vault ----------------------------------------------------------------------------------------------------
+
+
+def new_vault(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Make the vault of an environment without one, with an empty home and nothing else in the environment."""
+    for name in ("new-vault", "vault-client"):
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        shutil.copy(PROJECT / "bin" / name, tmp_path / "bin")
+    shutil.copytree(PROJECT / "plugins/module_utils", tmp_path / "plugins/module_utils", dirs_exist_ok=True)
+    private(tmp_path / "inventories/shop/hosts.yml", "all: {hosts: {one: {}}}\n")
+    private(tmp_path / "inventories/shop/environment.yml", "plugin: environment\nvault_id: shop\n")
+    return subprocess.run(
+        [sys.executable, str(tmp_path / "bin/new-vault"), "shop"],
+        env={"HOME": str(tmp_path / "home"), "PATH": os.environ["PATH"], **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_a_new_vault_gets_a_password_in_a_file_of_the_users_alone(tmp_path: Path) -> None:
+    made = new_vault(tmp_path)
+    assert made.returncode == 0, made.stderr
+    file = tmp_path / "home/.config/atlas/vault/shop"
+    assert file.stat().st_mode & 0o777 == 0o600 and password_weakness(file.read_text().strip()) is None
+    vault = tmp_path / "inventories/shop/group_vars/all/vault.yml"
+    assert vault.read_text().startswith("$ANSIBLE_VAULT;1.2;AES256;shop\n")
+
+
+@pytest.mark.parametrize(
+    ("manager", "says"),
+    [("sh -c 'echo it is locked >&2; exit 3'", "it is locked"), ("true", "printed nothing"), ("/missing", "/missing")],
+)
+def test_beside_a_password_manager_no_password_is_written(tmp_path: Path, manager: str, says: str) -> None:
+    """Its password, once it is unlocked, would be another: the vault would open for nobody who has only that."""
+    made = new_vault(tmp_path, ATLAS_VAULT_COMMAND=manager)
+    assert made.returncode == 1
+    assert says in made.stderr and "Nothing was written" in made.stderr and "Traceback" not in made.stderr
+    assert not (tmp_path / "home").exists() and not (tmp_path / "inventories/shop/group_vars").exists()
+
+
 # --- the inventory plugin -------------------------------------------------------------------------------------------
 
 
