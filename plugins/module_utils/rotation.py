@@ -24,6 +24,8 @@ from ansible.module_utils.vault_spec import (
 
 KINDS = ("tokens", "database", "backup", "fernet", "ssh", "vault", "tls")
 """In the order in which all are rotated: the one that may have to wait for a certificate from elsewhere keeps no other waiting."""
+RUN = "all"
+"""What the begin of a rotation of all kinds is noted as."""
 FERNET, ESCROW, TOKENS = "vault_atlas_fernet_keys", "vault_atlas_fernet_escrow", "vault_atlas_tokens"
 CERTIFICATE = "vault_haproxy_tls_pem"
 EVENT = "rotation"
@@ -58,13 +60,13 @@ def fingerprint(key: str) -> str:
 
 
 def states(journals: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """Return kind → last entry of its rotation on any host, with *generation* and *finished_at* (Unix time, None for never).
+    """Return kind, or RUN → last entry of it on any host, with *generation* and *finished_at* (Unix time, None for never).
 
     The hosts are told at the same time; of one that missed an entry the others know more. Which entry came last is told by
     its *order*, which only grows, and not by clocks: those of hosts differ, and are set back.
     """
     found: dict[str, dict[str, Any]] = {}
-    for kind in KINDS:
+    for kind in (*KINDS, RUN):
         entries = [
             (str(entry["at"]), host, entry)
             for host, journal in journals.items()
@@ -350,7 +352,7 @@ def half_rotated(found: Mapping[str, State]) -> list[str]:
     return [
         f"{kind:8} half rotated since {state['at']}: {state['step']}. It goes on with: playbooks/rotate_secrets.yml -e rotate={kind}"
         for kind, state in found.items()
-        if under_way(state)
+        if kind != RUN and under_way(state)
     ]
 
 
@@ -476,7 +478,7 @@ def ssh(hosts: Hosts, revoke: bool, mark: Mapping[str, Any]) -> Iterator[str]:
     yield "the new key is let in, and every host was reached with it"
     yield from hosts.shut_out(key, revoke)
     generation = int(hosts.state("ssh").get("generation", 0)) + 1
-    hosts.do("ssh", ("backup",), entry={"step": DONE, "new": new, "generation": generation})
+    hosts.do("ssh", ("backup",), entry={"step": DONE, "new": new, "generation": generation, **mark})
     key.forget()
     yield "the old key is refused everywhere"
 
@@ -499,8 +501,31 @@ def tls(secrets: Secrets, hosts: Hosts, mark: Mapping[str, Any]) -> Iterator[str
     if (vault := secrets.read()).get(CERTIFICATE):
         secrets.write(numbered(vault))  # what was put into it by hand is to be told from the vault before
     generation = int(hosts.state("tls").get("generation", 0)) + 1
-    hosts.do("tls", ("tls", "backup"), entry={"step": DONE, "old": old, "generation": generation})
+    hosts.do("tls", ("tls", "backup"), entry={"step": DONE, "old": old, "generation": generation, **mark})
     yield f"{len(found)} edges serve another certificate, and none of the old ones"
+
+
+def begin_all(kinds: Sequence[str], hosts: Hosts, now: float, revoke: bool) -> dict[str, str]:
+    """Note that all *kinds* are rotated; or where a run of all did not end, return the kinds that are finished since (→ when).
+
+    It is gone on with for a day: a later one is meant as a new one. With *revoke* only if it revoked too, and only what did: what
+    was made without may have leaked since. It has ended when each of its kinds is finished or overlaps, be it by another run.
+    """
+    run = hosts.state(RUN)
+    kinds_then = list(run.get("kinds", []))
+    since = {
+        kind: state for kind in kinds_then if int((state := hosts.state(kind)).get("order", 0)) > int(run["order"])
+    }
+    finished = {
+        kind: str(state["at"])
+        for kind, state in since.items()
+        if state["step"] == DONE and (state.get("revoke") or not revoke)
+    }
+    ended = {*finished, *(kind for kind, state in since.items() if state["step"] == "overlap")}
+    if set(kinds_then) - ended and now - unix(run["at"]) < DAY and (run.get("revoke") or not revoke):
+        return finished
+    hosts.do(RUN, (), entry={"step": "begun", "kinds": list(kinds), **({"revoke": True} if revoke else {})})
+    return {}
 
 
 def rotate(kind: str, secrets: Secrets, hosts: Hosts, now: float, overlap: float, revoke: bool) -> Iterator[str]:
@@ -523,7 +548,7 @@ def _rotate(
         hosts.do(kind, (), entry={"step": "begun", **mark})
         yield secrets.rekey()
         generation = int(hosts.state(kind).get("generation", 0)) + 1
-        hosts.do(kind, ("backup",), entry={"step": DONE, "generation": generation})
+        hosts.do(kind, ("backup",), entry={"step": DONE, "generation": generation, **mark})
         return
     if kind in ("tls", "ssh"):
         yield from tls(secrets, hosts, mark) if kind == "tls" else ssh(hosts, revoke, mark)

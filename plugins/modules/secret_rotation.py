@@ -311,7 +311,13 @@ def main() -> None:
                 raise rotation.RotationError(fleet.older_vault)
             reasons = left_out(kinds, is_all, fleet, secrets)
             lines += [f"{kind:8} is not rotated here: {reasons[kind]}" for kind in kinds if kind in reasons]
-            for kind in [] if module.check_mode else [kind for kind in kinds if kind not in reasons]:
+            wanted = [] if module.check_mode else [kind for kind in kinds if kind not in reasons]
+            done = rotation.begin_all(wanted, fleet, time.time(), params["revoke"]) if is_all and wanted else {}
+            lines += [
+                f"{kind:8} was finished at {at}, by the run of all that goes on here. To replace it once more: -e rotate={kind}"
+                for kind, at in done.items()
+            ]
+            for kind in [kind for kind in wanted if kind not in done]:
                 for line in rotation.rotate(
                     kind, secrets, fleet, time.time(), params["overlap_hours"] * 3600, params["revoke"]
                 ):

@@ -521,6 +521,61 @@ def test_who_is_still_logged_in_is_cut_off_and_named_when_that_was_asked_for() -
     assert "cut off: atlas_a" in said and world.sessions == set()
 
 
+def rotate_all(world: World, kinds: Sequence[str], revoke: bool = False) -> list[str]:
+    """Rotate all *kinds*, as the module does; return those that it left as they were finished already."""
+    done = rotation.begin_all(kinds, world, world.now, revoke)
+    for kind in kinds:
+        if kind not in done:
+            run(world, kind, revoke)
+    return list(done)
+
+
+@pytest.mark.parametrize("revoke", [False, True])
+def test_a_rotation_of_all_kinds_that_is_killed_rotates_each_of_them_once(revoke: bool) -> None:
+    kinds, points = ["tokens", "database", "backup", "fernet", "vault"], 0
+    for point in range(1, 200):
+        world = World()
+        world.deadline, world.after, world.revoking = point, bool(point % 2), revoke
+        try:
+            rotate_all(world, kinds, revoke)
+        except Killed:
+            world.deadline = -1
+            rotate_all(world, kinds, revoke)
+        else:
+            break
+        points += 1
+        generations = {kind: world.state(kind)["generation"] for kind in kinds}
+        assert generations == {kind: int(revoke or kind != "tokens") for kind in kinds}, f"killed at {point}"
+        assert world.state("tokens")["step"] == (DONE if revoke else "overlap")
+        unfinished = [line.split()[0] for line in rotation.half_rotated(rotation.states({"app1": world.journal}))]
+        assert unfinished == ([] if revoke else ["tokens"])
+        assert rotate_all(world, kinds, True) == [], "the run has ended: the next is a new one"
+    assert points > 20
+
+
+def test_a_run_of_all_kinds_that_did_not_end_is_gone_on_with_for_a_day_and_not_after_a_leak() -> None:
+    def world(revoke: bool) -> World:
+        made = World()
+        rotation.begin_all(["database", "fernet"], made, made.now, revoke)
+        made.revoking = True
+        run(made, "database", revoke)
+        return made
+
+    assert rotate_all(world(False), ["database", "fernet"]) == ["database"]
+    assert rotate_all(world(True), ["database", "fernet"]) == ["database"]
+    assert rotate_all(world(True), ["database", "fernet"], revoke=True) == ["database"]
+    assert rotate_all(world(False), ["database", "fernet"], revoke=True) == []
+    mixed = world(True)
+    run(mixed, "database")
+    assert rotate_all(mixed, ["database", "fernet"], revoke=True) == [], "its last rotation has cut nobody off"
+    later = world(False)
+    later.now += 25 * HOUR
+    assert rotate_all(later, ["database", "fernet"]) == []
+    by_itself = world(True)
+    run(by_itself, "fernet", revoke=True)
+    assert rotate_all(by_itself, ["database", "fernet"], revoke=True) == [], "what it lacked was rotated by itself"
+
+
 @pytest.mark.parametrize("killed_at", [None, 3, 4, 5])
 def test_after_a_leak_sessions_that_began_with_the_old_key_end(tmp_path: Path, killed_at: int | None) -> None:
     """Also those with the key from before a rotation that was under way, which is not the key that this one replaces."""
@@ -717,6 +772,31 @@ def test_two_who_rotate_at_the_same_time_do_not_undo_each_other(
     again = secret_rotation.Fleet(tmp_path / "inventory", tmp_path, secrets, [])
     again.deploy()
     assert len(deploys) == 3 and [entry["order"] for entry in journal] == sorted({entry["order"] for entry in journal})
+
+
+def test_which_kinds_a_run_of_all_has_finished_is_read_from_the_journals(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal: list[dict[str, Any]] = []
+
+    def look(*_: Any, **__: Any) -> dict[str, Any]:
+        facts = {"app1": {"journal": list(journal)}}
+        return {"environment": "shop", "groups": {}, "hosts": ["app1"], "variables": {"app1": {}}, "facts": facts}
+
+    def play(_: Any, playbook: str, variables: Mapping[str, Any]) -> None:
+        journal.append({"event": "rotation", "at": "2027-01-15T08:00:00Z", **variables["rotate_entry"]})
+
+    def fleet() -> secret_rotation.Fleet:
+        secrets: Any = None
+        return secret_rotation.Fleet(tmp_path / "inventory", tmp_path, secrets, [])
+
+    monkeypatch.setattr(survey, "take", look)
+    monkeypatch.setattr(secret_rotation.Fleet, "play", play)
+    first = fleet()
+    assert rotation.begin_all(["fernet", "tls"], first, NOW, revoke=True) == {}
+    first.do("fernet", (), entry={"step": DONE, "revoke": True})
+    assert rotation.begin_all(["fernet", "tls"], fleet(), NOW, revoke=True) == {"fernet": "2027-01-15T08:00:00Z"}
+    assert [entry["kind"] for entry in journal] == ["all", "fernet"], "the run that goes on is not begun again"
 
 
 def test_a_pin_or_a_freeze_for_the_next_release_keeps_no_leaked_secret_in_service(
