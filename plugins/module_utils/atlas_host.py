@@ -44,6 +44,10 @@ JOURNAL_ENTRIES = 5000
 """A journal that is longer loses its older half when a deploy is finished."""
 READ_SECONDS = 1.0
 """For so long a unit that was starting may still read a directory of credentials that was replaced: it skips files that vanish."""
+HELD = Path("/var/lib/atlas-restore/unaccepted")
+"""While it is there no unit of the service starts (a condition of each): a restored store was not accepted yet, or not put back."""
+TRIAL = Path("/run/atlas-restore-trial")
+"""While it is there they start all the same, because the restore itself tries them. A boot removes it."""
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # rename(2)
 NEVER_TRIMMED = ("rotation",)
 """Events (``rotation.EVENT``) of which there are few, and whose age matters."""
@@ -200,8 +204,10 @@ class Host:
         state: Path = Path("/var/lib/atlas-deploy"),
         boot: Path = Path("/etc/systemd/system/multi-user.target.wants"),
         command: Callable[..., Done] = run,
+        marks: tuple[Path, Path] = (HELD, TRIAL),
     ) -> None:
         self.root, self.state, self.boot, self.run = root, state, boot, command
+        self._held, self._trial = marks
 
     # What is there
 
@@ -463,7 +469,36 @@ class Host:
 
     def start(self, slot: str) -> None:
         """Ask systemd for the services of *slot*, all at once; :meth:`wait_healthy` tells what came of it."""
+        if self.is_held() and not self._trial.exists():
+            raise HostError(
+                "A restore on this host did not end, and no service starts on a store that was not accepted. Run playbooks/restore.yml "
+                f"again. If one did end and could not reach this host any more: rm {self._held}"
+            )
         self._systemctl("start", "--no-block", *units(slot))
+
+    def hold(self) -> None:
+        """Keep whoever it is, a boot too, from starting services until :meth:`release`."""
+        self._held.parent.mkdir(mode=0o700, exist_ok=True)
+        write_atomically(self._held, f"{now()}\n", 0o600)
+        self._trial.unlink(missing_ok=True)
+
+    def is_held(self) -> bool:
+        """Tell whether services are kept from starting."""
+        return self._held.exists()
+
+    def try_out(self) -> None:
+        """Let them start until the next boot."""
+        if self.is_held():
+            self._trial.touch()
+
+    def release(self) -> bool:
+        """Let them start for good; tell whether they were held."""
+        was_held = self.is_held()
+        self._held.unlink(missing_ok=True)
+        if was_held:
+            sync_directory(self._held.parent)
+        self._trial.unlink(missing_ok=True)
+        return was_held
 
     def enable(self, slot: str) -> bool:
         """Make *slot* the one in service, which boot starts, and no other; tell whether that changed anything."""

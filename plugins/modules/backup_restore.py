@@ -8,15 +8,16 @@ module: backup_restore
 short_description: Put a restored store into service on a host
 description:
   - V(opened) lets the backup host deliver; V(closed) ends that and removes what was not used.
-  - V(stopped) stops the services of every slot and remembers which ran; V(started) starts those and waits at the health
-    gate.
+  - V(stopped) stops the services of every slot, and keeps them from starting, at a boot too, until V(accepted) or V(resumed).
+    V(started) starts those of the slot in service all the same, until the next boot, and waits at the health gate.
+  - V(resumed) starts them, where they were kept from it, on the store that was there before.
   - V(replaced) keeps the store in use beside itself and puts the delivery in its place; V(undone) returns to what was
     kept; V(finished) accepts. What an earlier run left unfinished is undone before V(opened).
 options:
   state:
     description: What to bring about.
     type: str
-    choices: [opened, closed, stopped, started, replaced, undone, finished]
+    choices: [opened, closed, stopped, started, replaced, undone, finished, accepted, resumed]
     required: true
   ticket:
     description: Name of this restore.
@@ -62,11 +63,11 @@ RETURN = r"""
 deployment:
   description: Number of the deployment in service, or null.
   type: int
-  returned: for stopped and started
+  returned: for stopped, started and resumed
 slot:
   description: The slot in service, or null.
   type: str
-  returned: for stopped and started
+  returned: for stopped, started and resumed
 kept:
   description: Where a restored store is that had served and was taken out again, or null.
   type: str
@@ -122,7 +123,8 @@ class Steps:
         return {"changed": self._needed().close_door()}
 
     def stopped(self) -> dict[str, Any]:
-        """Stop the services of every slot."""
+        """Stop the services of every slot, and keep them from starting."""
+        self.host.hold()
         stopped = [slot for slot in SLOTS if self.host.stop(slot, self.params["timeout"])]
         return {"changed": bool(stopped), **self._in_service()}
 
@@ -136,10 +138,21 @@ class Steps:
         number, slot = found["deployment"], found["slot"]
         if number is None:
             return {"changed": False, **found}
+        self.host.try_out()
         release = str(self.host.deployments().get(number, {}).get("release"))
         self.host.start(slot)
         seconds = self.host.wait_healthy(Gate(slot, number, release, self.params["host"]), self.params["timeout"], 1)
         return {"changed": True, "seconds": round(seconds, 1), **found}
+
+    def accepted(self) -> dict[str, Any]:
+        """Let the services start for good: they run on the restored store."""
+        return {"changed": self.host.release()}
+
+    def resumed(self) -> dict[str, Any]:
+        """Start them on the store that was there before, if they were kept from starting."""
+        if not self.host.release():
+            return {"changed": False, **self._in_service()}
+        return {**self.started(), "changed": True}
 
     def replaced(self) -> dict[str, Any]:
         """Exchange the store."""
@@ -184,7 +197,17 @@ def main() -> None:
         argument_spec={
             "state": {
                 "type": "str",
-                "choices": ["opened", "closed", "stopped", "started", "replaced", "undone", "finished"],
+                "choices": [
+                    "opened",
+                    "closed",
+                    "stopped",
+                    "started",
+                    "replaced",
+                    "undone",
+                    "finished",
+                    "accepted",
+                    "resumed",
+                ],
                 "required": True,
             },
             "ticket": {"type": "str", "default": ""},

@@ -167,6 +167,40 @@ def test_no_store_is_replaced_under_services_that_somebody_started(swap: Swap, m
     assert content(swap) == {"atlas.db": "new"}
 
 
+def test_no_service_starts_between_the_stop_and_the_end_of_a_restore(
+    swap: Swap, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for the restore itself, until the host boots. What it undoes starts again, and on a host that was not held nothing does."""
+    started: list[str] = []
+
+    def systemctl(argv: list[str], **_: object) -> Done:
+        started.extend(argv[-4:] if "start" in argv else [])
+        return Done(0, "", "")
+
+    held, trial = tmp_path / "restore" / "unaccepted", tmp_path / "trial"
+    host = Host(tmp_path / "opt", tmp_path / "deploy", tmp_path / "boot", systemctl, (held, trial))
+    monkeypatch.setattr(host, "in_service", lambda: "blue")
+    monkeypatch.setattr(host, "slots", lambda: {"blue": 3, "green": None})
+    monkeypatch.setattr(host, "wait_healthy", lambda *_: 1.0)
+    steps = backup_restore.Steps({"store": "none", "version": "", "ticket": "t1", "timeout": 1, "host": "app1"}, host)
+    assert steps.resumed()["changed"] is False and started == []
+    steps.stopped()
+    assert held.exists() and held.stat().st_mode & 0o777 == 0o600
+    with pytest.raises(HostError, match=r"did not end.*playbooks/restore\.yml"):
+        host.start("blue")
+    steps.started()
+    assert held.exists() and trial.exists() and len(started) == 4
+    trial.unlink()  # a boot
+    with pytest.raises(HostError, match="did not end"):
+        host.start("blue")
+    assert steps.resumed()["changed"] is True
+    assert not held.exists() and not trial.exists() and len(started) == 8
+    steps.stopped()
+    steps.started()
+    assert steps.accepted() == {"changed": True} and not held.exists() and not trial.exists()
+    assert steps.accepted() == {"changed": False}
+
+
 def test_a_lock_is_taken_over_only_from_who_is_certainly_gone() -> None:
     mine = controller()
     *machine, _, started = mine["process"].split()

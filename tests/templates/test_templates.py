@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from ansible.module_utils import atlas_host
 from ansible.parsing.dataloader import DataLoader
 from ansible.template import Templar, trust_as_template
 
@@ -275,6 +276,19 @@ def test_upgrades_are_security_only_and_leave_the_services_alone(host: Container
     for prefix in ("haproxy", "postgresql"):
         assert f'Unattended-Upgrade::Package-Blacklist:: "^{prefix}";' in dump
     assert 'APT::Periodic::Unattended-Upgrade "1";' in dump
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_no_service_starts_on_a_store_that_a_restore_has_not_accepted(host: Container, name: str) -> None:
+    """The plugins that write the two files name them as the units do."""
+    text = text_of(f"atlas/{name}@.service.j2", host.codename)
+    conditions = " ".join(f"'{line}'" for line in text.splitlines() if line.startswith("Condition"))
+    held, trial = map(str, (atlas_host.HELD, atlas_host.TRIAL))
+    starts = {}
+    for files in ("", held, f"{held} {trial}"):
+        script = f"mkdir -p {Path(held).parent}; rm -f {held} {trial}; touch /tmp/x {files}; systemd-analyze condition {conditions}"
+        starts[files] = host.shell(script).returncode == 0
+    assert starts == {"": True, held: False, f"{held} {trial}": True}
 
 
 def test_firewall_lets_in_what_is_handed_in(host: Container) -> None:

@@ -27,6 +27,12 @@ from backuptest import (
 from labtest import Lab
 
 HOST = "dev1"
+REFUSES = """#!/bin/sh
+systemctl start $(ls /etc/systemd/system/multi-user.target.wants | grep atlas@) atlas-api@blue.service atlas-api@green.service
+systemctl is-active atlas-api@blue.service atlas-api@green.service > /root/started
+echo refused >&2
+exit 1
+"""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -73,14 +79,18 @@ def test_a_restore_that_the_service_refuses_undoes_itself(
 ) -> None:
     later = ingest(lab, ["d1"])
     processed(lab, later, wait_for)
-    refusing = "printf '#!/bin/sh\necho refused >&2\nexit 1\n' > /usr/local/bin/atlas; chmod 755 /usr/local/bin/atlas"
-    lab.ssh(HOST, f"mv /usr/local/bin/atlas /root/atlas; {refusing}")
+    # It is asked when the store is in place and not accepted yet. What a boot starts then must not serve it.
+    lab.ssh(
+        HOST,
+        f"mv /usr/local/bin/atlas /root/atlas; cat > /usr/local/bin/atlas <<'END'\n{REFUSES}END\nchmod 755 /usr/local/bin/atlas",
+    )
     try:
         done = lab.playbook("restore", "-e", "confirm=development", "-e", f"backup_restore_label={LABEL}")
     finally:
         lab.ssh(HOST, "mv /root/atlas /usr/local/bin/atlas")
     assert done.returncode != 0 and "Nothing was restored; the store is what it was" in done.stdout, done.stdout
     assert "refused" in done.stdout
+    assert set(lab.ssh(HOST, "cat /root/started").stdout.split()) == {"inactive"}
     processed(lab, kept["labelled"] | later, wait_for)
     left = lab.ssh(HOST, "ls -d /var/lib/atlas/restore-incoming /var/lib/atlas-restore/door.json 2>/dev/null").stdout
     assert left == ""
