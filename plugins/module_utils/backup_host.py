@@ -2,7 +2,8 @@
 
 Every other host is asked over one SSH key that allows nothing but the agent's commands; none of them holds a credential of
 the repository. Files and SQLite copies are in restic, PostgreSQL and its log in Barman; a restic snapshot is the one
-catalogue: its manifest says what belongs to it. All jobs run as one user, one at a time.
+catalogue: its manifest says what belongs to it. All jobs run as one user. One at a time works on the repository; those that
+take long let others have their turn in between.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from ansible.module_utils import backup_core as core
 from ansible.module_utils import release
@@ -34,6 +35,13 @@ CONFIG = Path("/etc/atlas/backup.json")
 SIGNERS = Path("/etc/atlas/allowed_signers")
 TOOL_SECONDS = 6 * 3600
 LOCK_SECONDS = 1800
+POLL_SECONDS = 0.2
+TURN_SECONDS = 1.0
+"""Who waits for the repository gets it in this time."""
+PART_BYTES = 4 << 30
+"""As much of the repository is read in one turn."""
+PARTS_MAX = 256
+"""restic's own limit."""
 MARKS = 3
 """Attempts at a restore point, and at a drill, while housekeeping removes rows."""
 CURRENT, NEXT, PREVIOUS = "restic_password", "restic_password_next", "restic_password_previous"
@@ -54,6 +62,7 @@ class Backups:
         self.signers = signers
         self.wal = Wal(config["database"], self.directory) if self.store == "postgresql" else None
         self.proof = Proof(self.directory, config["api_port"], signers)
+        self._locked: TextIO | None = None
 
     # Tools
 
@@ -104,17 +113,39 @@ class Backups:
     def lock(self) -> Iterator[None]:
         """One job at a time. A lock that a killed restic left is removed: nobody else works on the repository."""
         with (self.directory / "lock").open("a") as file:
-            deadline = time.monotonic() + LOCK_SECONDS
-            while True:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except OSError:
-                    if time.monotonic() > deadline:
-                        raise BackupError(f"another backup job has been running for {LOCK_SECONDS} s") from None
-                    time.sleep(0.2)
-            if (self.directory / "restic" / "config").exists() and any((self.directory / "restic" / "locks").iterdir()):
-                self.restic("looking for stale locks", "unlock")
+            _wait_for(file)
+            self._locked = file
+            try:
+                if (self.directory / "restic" / "config").exists() and any(
+                    (self.directory / "restic" / "locks").iterdir()
+                ):
+                    self.restic("looking for stale locks", "unlock")
+                yield
+            finally:
+                self._locked = None
+
+    @contextlib.contextmanager
+    def unlocked(self) -> Iterator[None]:
+        """Let other jobs work on the repository meanwhile; what is done here does not."""
+        file = self._locked
+        if file is not None:
+            fcntl.flock(file, fcntl.LOCK_UN)
+        try:
+            yield
+        finally:
+            if file is not None:
+                _wait_for(file)
+
+    def turn(self) -> None:
+        """Let those have the repository who wait for it."""
+        with self.unlocked():
+            time.sleep(TURN_SECONDS if self._locked else 0)
+
+    @contextlib.contextmanager
+    def trial(self) -> Iterator[None]:
+        """One restore at a time is laid out and judged: they share a port and the unpacked release. To be had before the lock."""
+        with (self.directory / "trial.lock").open("a") as file:
+            _wait_for(file)
             yield
 
     # Keeping
@@ -325,22 +356,38 @@ class Backups:
         taken = self.take("daily", base=True)
         if not taken:
             return {}
+        self.turn()
         self.prune(time.time())
+        self.turn()
         self.restic("checking the repository", "check", "--quiet")
         return {"rows": _rows(taken)}
 
     def check(self) -> dict[str, Any]:
-        """Read every byte of the repository."""
+        """Read every byte of the repository, part by part: copies go on in between."""
         if not self.points():
             return {}
         # Structure first: restic asks for a file that is gone for a minute before it gives up.
         self.restic("checking the repository", "check", "--quiet")
-        self.restic("reading the repository", "check", "--read-data", "--quiet")
+        for part in self._parts():
+            self.turn()
+            self.restic("reading the repository", "check", part, "--quiet")
         if self.wal is not None:
             for name in self.wal.bases():
-                self.wal.verify(name)
+                self.turn()
+                # Retention may have let go of it meanwhile.
+                if name in self.wal.bases():
+                    self.wal.verify(name)
+            self.turn()
             self.wal.verify_log()
         return {"backups": len(self.points())}
+
+    def _parts(self) -> list[str]:
+        """The options of restic by which its checks read all of the repository, one after the other."""
+        size = sum(path.stat().st_size for path in (self.directory / "restic" / "data").glob("*/*"))
+        count = min(PARTS_MAX, size // PART_BYTES + 1)
+        return (
+            [f"--read-data-subset={number}/{count}" for number in range(1, count + 1)] if count > 1 else ["--read-data"]
+        )
 
     def drill(self) -> dict[str, Any]:
         """Restore the newest backup to a scratch place and start its release on it; figures of RPO and RTO."""
@@ -396,7 +443,9 @@ class Backups:
             restored_to = target.get("name") or (core.rfc3339(at) if at else "the end of the log")
         else:
             exact, restored_to = True, point.label or core.rfc3339(manifest["taken_at"])
-        found = self._judge(scratch, manifest, exact, at)
+        # What was laid out leans on nothing else; to judge it may take longer than a copy may wait.
+        with self.unlocked():
+            found = self._judge(scratch, manifest, exact, at)
         return {
             **found,
             "ticket": ticket,
@@ -518,7 +567,7 @@ class Backups:
         """Run *work* under the lock and report it as *job*; raises BackupError after the report."""
         began = time.monotonic()
         try:
-            with self.lock():
+            with self.trial() if job == "drill" else contextlib.nullcontext(), self.lock():
                 result: dict[str, Any] = work()
         # Whatever it was, and be it that a source sent what nobody can read: a job that failed must not look as if it went well.
         except Exception as error:
@@ -527,6 +576,18 @@ class Backups:
             raise failure from None
         self.note(job, {"ok": True, **result} if result else None, time.monotonic() - began)
         return result
+
+
+def _wait_for(file: TextIO) -> None:
+    """Lock *file*, once who has it lets go."""
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            if time.monotonic() > deadline:
+                raise BackupError(f"another backup job has been running for {LOCK_SECONDS} s") from None
+            time.sleep(POLL_SECONDS)
 
 
 def _said(error: Exception) -> str:
@@ -601,16 +662,17 @@ def _perform(backups: Backups, options: argparse.Namespace) -> Any:
         return read_json(backups.directory / "status.json")
     if verb == "receive-log" and backups.wal is not None:
         backups.wal.receive()
+    if verb == "deliver":
+        return {"files": backups.deliver(options.ticket, options.host)}
+    if verb == "prepare":
+        at = core.parse_time(options.at) if options.at else None
+        with backups.trial(), backups.lock():
+            return backups.prepare(options.ticket, options.label, at, newest=not options.label and at is None)
     with backups.lock():
         if verb == "init":
             return {"changed": backups.init()}
         if verb == "keys":
             return backups.keys()
-        if verb == "prepare":
-            at = core.parse_time(options.at) if options.at else None
-            return backups.prepare(options.ticket, options.label, at, newest=not options.label and at is None)
-        if verb == "deliver":
-            return {"files": backups.deliver(options.ticket, options.host)}
         if verb == "release":
             return {"path": str(backups.release(options.ticket))}
         if verb == "discard":

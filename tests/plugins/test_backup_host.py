@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from ansible.module_utils import backup_core as core
-from ansible.module_utils import release
+from ansible.module_utils import backup_host, release
 from ansible.module_utils.backup_core import BackupError
 from ansible.module_utils.backup_host import CURRENT, Backups
 from ansible.module_utils.backup_wal import Wal
@@ -119,6 +119,70 @@ def test_of_two_jobs_that_end_at_once_both_are_told(tmp_path: Path, monkeypatch:
     assert drill.result() is increment.result() is None
     jobs = json.loads((tmp_path / "status.json").read_text())["jobs"]
     assert jobs["drill"]["message"] == "damaged" and jobs["increment"]["ok"] is True
+
+
+def test_a_check_that_takes_long_lets_copies_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a large repository it reads part after part, and all of them."""
+    monkeypatch.setattr(backup_host, "PART_BYTES", 100)
+    for name in ("00", "ff"):
+        (tmp_path / "restic" / "data" / name).mkdir(parents=True)
+        (tmp_path / "restic" / "data" / name / "pack").write_bytes(b"x" * 120)
+    checking, copying = Recorded(tmp_path, [snapshot(1.0, kind="daily")]), Recorded(tmp_path)
+    said: list[str] = []
+
+    def restic(doing: str, *arguments: str, password: str = CURRENT) -> str:
+        said.append(arguments[1] if "reading" in doing else arguments[0])
+        return Recorded.restic(checking, doing, *arguments)
+
+    checking.restic = restic  # type: ignore[method-assign]
+    copying.restic = lambda *given, **_: said.append(f"copy: {given[1]}") or ""  # type: ignore[func-returns-value,method-assign]
+    with ThreadPoolExecutor(1) as pool:
+        with checking.lock():
+            copy = pool.submit(copying.job, "increment", copying.increment)
+            time.sleep(2 * backup_host.POLL_SECONDS)
+            checking.check()
+        assert copy.result(10) == {"rows": {"documents": 2}}
+    parts = [f"--read-data-subset={number}/3" for number in (1, 2, 3)]
+    assert [word for word in said if word.startswith("--")] == parts
+    assert said.index("check") < said.index("copy: backup") < said.index(parts[0])
+
+
+def laid_out(backups: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a restore of *backups* laid out without restic."""
+
+    def lay_out(_: Any, scratch: Path) -> None:
+        (scratch / "source").mkdir()
+        (scratch / "source" / "manifest.json").write_text('{"taken_at": 1.0}')
+
+    monkeypatch.setattr(backups, "_lay_out", lay_out)
+
+
+def test_a_drill_that_takes_long_lets_copies_go_on_and_no_other_restore(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backup_host, "LOCK_SECONDS", 1)
+    backups, others = Recorded(tmp_path, [snapshot(1.0, kind="daily")]), Recorded(tmp_path)
+    laid_out(backups, monkeypatch)
+
+    def judge(*_: Any, **__: Any) -> dict[str, Any]:
+        assert others.job("increment", others.increment) == {"rows": {"documents": 2}}
+        with pytest.raises(BackupError, match="another backup job"), others.trial():
+            pass
+        return dict.fromkeys(("rows", "sensitive", "searched", "release"), 1)
+
+    monkeypatch.setattr(backups.proof, "judge", judge)
+    assert backups.job("drill", backups.drill)["sensitive"] == 1
+    with others.trial(), others.lock():
+        pass
+
+
+def test_a_job_keeps_others_out_again_after_it_let_them_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backup_host, "LOCK_SECONDS", 0.5)
+    backups, others = Recorded(tmp_path), Recorded(tmp_path)
+    with backups.lock():
+        backups.turn()
+        with pytest.raises(BackupError, match="another backup job"), others.lock():
+            pass
 
 
 def test_nothing_is_removed_while_a_snapshot_is_dated_in_the_future(tmp_path: Path) -> None:
