@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +56,47 @@ def test_nothing_is_provisioned_with_a_vault_file_from_before_a_rotation() -> No
     facts: list[dict[str, Any]] = [{"rotations": [entry]}, {"unreachable": True}, {}]  # one that is gone, and a new one
     assert "database (finished" in deploy.older_vault(facts, "3")
     assert deploy.older_vault(facts, 4) == deploy.older_vault(facts[1:], 0) == ""
-    first, second = yaml.safe_load((PROJECT / "playbooks/site.yml").read_text())[:2]
-    assert first["tasks"][0]["ansible.builtin.import_role"]["tasks_from"] == "secrets" and second["hosts"] == "all"
+
+
+NOTED = """#!/usr/bin/python
+import json
+print(json.dumps({noted!r}))
+"""
+FLEET = """
+all:
+  vars: {ansible_become: false, ansible_ssh_retries: 0, deploy_hosts: "{{ groups['app'] }}"}
+  hosts: {db1: {ansible_host: 127.0.0.1, ansible_port: 1}}
+  children: {app: {hosts: {gone: {ansible_host: 127.0.0.1, ansible_port: 1}, app1: {ansible_connection: local}}}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("noted", "says"),
+    [
+        ({"rotations": [{"event": "finished", "deployment": 7, "at": "2027-01-15T08:00:00Z", "serial": 4}]}, "is older"),
+        ({"failed": True, "msg": "torn"}, "cannot be read on app1: torn"),
+        ({"rotations": []}, ""),
+    ],
+)  # fmt: skip
+def test_nothing_is_provisioned_before_the_vault_file_was_looked_at_also_with_a_limit(
+    tmp_path: Path, noted: dict[str, Any], says: str
+) -> None:
+    """The first play of site.yml alone: on app hosts of which one is gone, and which the limit leaves out."""
+    first = yaml.safe_load((PROJECT / "playbooks/site.yml").read_text())[0]
+    then = {"hosts": "all", "gather_facts": False, "tasks": [{"ansible.builtin.debug": {"msg": "goes on"}}]}
+    (tmp_path / "play.yml").write_text(yaml.safe_dump([first, then]))
+    (tmp_path / "hosts.yml").write_text(FLEET)
+    (tmp_path / "library").mkdir()
+    (tmp_path / "library/atlas_facts.py").write_text(NOTED.format(noted=noted))
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("ANSIBLE_")}
+    config = {"ANSIBLE_CONFIG": str(PROJECT / "ansible.cfg"), "ANSIBLE_LIBRARY": str(tmp_path / "library")}
+    command = [str(Path(sys.executable).with_name("ansible-playbook")), "-i", str(tmp_path / "hosts.yml")]
+    run = subprocess.run(
+        [*command, str(tmp_path / "play.yml"), "--limit", "db1", "-e", "deploy_vault_serial=3"],
+        cwd=PROJECT, capture_output=True, text=True, timeout=120, check=False, env=kept | config,
+    )  # fmt: skip
+    assert says in run.stdout and "Connection refused" in run.stdout, run.stdout + run.stderr
+    assert ("goes on" in run.stdout, run.returncode) == ((False, 2) if says else (True, 0)), run.stdout
 
 
 def test_a_playbook_that_is_only_read_names_all_hosts_and_one_without_a_plan_none() -> None:
