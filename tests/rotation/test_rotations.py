@@ -22,10 +22,11 @@ PROJECT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(PROJECT), str(PROJECT / "molecule")]
 
 from labtest import Lab  # noqa: E402
-from prooftest import load  # noqa: E402
+from prooftest import load, wait_until  # noqa: E402
 from rotationtest import (  # noqa: E402
     accepted,
     backup_is_sound,
+    begun,
     half_rotated,
     killed,
     logged_in,
@@ -137,6 +138,23 @@ def test_who_is_logged_in_with_a_leaked_key_is_cut_off_and_nobody_else(lab: Lab,
         old_key_is_refused(lab, leaked)
     finally:
         lab.ssh(host, f"sed -i '/ another$/d' {keys}")
+
+
+def test_a_rotation_of_all_kinds_that_was_killed_leaves_what_it_has_finished(lab: Lab) -> None:
+    """Who got a new token in the first run keeps it in the second."""
+    at_once = ("-e", "revoke=now", "-e", "confirm=staging")
+    app = lab.group("app")[0]
+    finished = r"""grep -c '"kind": "tokens".*"step": "finished"' /var/lib/atlas-deploy/journal.jsonl"""
+    before = int(lab.ssh(app, finished).stdout or 0)
+    with begun(lab, "all", *at_once):
+        wait_until(lambda: int(lab.ssh(app, finished).stdout or 0) > before, 600, "tokens are rotated", pause=2)
+    made = secrets(lab)
+    said = rotate(lab, "all", *at_once).succeeded().output
+    assert "tokens   was finished at " in said and "database was finished at " not in said, said
+    assert secrets(lab)["vault_atlas_tokens"] == made["vault_atlas_tokens"]
+    tried = accepted(lab, made)
+    assert tried["token"] and not tried["database"] and not tried["backup login"], tried
+    assert all(accepted(lab, secrets(lab)).values()) and half_rotated(lab) == ""
 
 
 def test_tokens_overlap_and_are_refused_whenever_it_is_killed(lab: Lab) -> None:
