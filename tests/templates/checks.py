@@ -19,7 +19,8 @@ set -e
 apt-get update -qq
 mkdir -p /etc/postgresql-common/createcluster.d
 echo create_main_cluster = false > /etc/postgresql-common/createcluster.d/checks.conf
-apt-get install -y -qq --no-install-recommends haproxy nftables nginx openssh-server postgresql unattended-upgrades
+apt-get install -y -qq --no-install-recommends barman haproxy nftables nginx openssh-server postgresql restic \
+  unattended-upgrades
 apt-get clean
 ssh-keygen -A
 mkdir -p /run/sshd
