@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+import os
 import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 from labtest import Lab
 
 REPOSITORY = "/var/lib/atlas-backup"
+JOB_SECONDS = 600 + int(os.environ.get("ATLAS_RECOVERY_DOCUMENTS", "0")) / 20
+"""What one command of the backup host may take; a drill reads all documents, and the log of all that came after its base backup."""
 RUN = uuid.uuid4().hex[:8]
 """Sets the documents and labels of this run apart from those of an earlier one on the same lab."""
 LABEL = f"kept-{RUN}"
@@ -79,7 +82,7 @@ def gone(lab: Lab, documents: dict[str, str]) -> list[str]:
 
 def run(lab: Lab, host: str, *arguments: str) -> tuple[int, Any]:
     """Run ``atlas-backup`` on *host*: status, and its JSON or what it said."""
-    done = lab.ssh(host, f"atlas-backup {' '.join(arguments)}", timeout=600)
+    done = lab.ssh(host, f"atlas-backup {' '.join(arguments)}", timeout=JOB_SECONDS)
     return done.returncode, json.loads(done.stdout) if done.returncode == 0 else done.stderr.strip()
 
 

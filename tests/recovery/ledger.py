@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import time
+import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Mapping
@@ -43,6 +44,8 @@ import sqlite3
 sqlite3.connect("/var/lib/atlas/atlas.db", timeout=60).executescript("BEGIN IMMEDIATE; {DELETED} COMMIT")
 """
 ASK_SECONDS = 600.0
+POST_SECONDS = 60.0
+DELETIONS = 5
 
 
 class Acknowledged(NamedTuple):
@@ -93,7 +96,8 @@ class Ledger:
             now, todo = todo[:BATCH], todo[BATCH:]
             answer = self._post_batch(run, now)
             for (number, text), item in zip(now, answer["items"], strict=True):
-                if item["code"] == 202:
+                # 200: it was taken in with an answer that did not come.
+                if item["code"] in (200, 202):
                     self.acknowledged[item["id"]] = Acknowledged(time.time(), text)
                 elif item["code"] in (429, 503):
                     todo.append((number, text))
@@ -112,8 +116,13 @@ class Ledger:
         request = urllib.request.Request(f"{self.lab.url}/v1/documents:batch", "\n".join(lines).encode(), method="POST")
         request.add_header("Authorization", f"Bearer {self.lab.token}")
         request.add_header("Content-Type", "application/x-ndjson")
-        with urllib.request.urlopen(request, timeout=60, context=self.lab.tls) as answer:
-            return dict(json.load(answer))
+        try:
+            with urllib.request.urlopen(request, timeout=POST_SECONDS, context=self.lab.tls) as answer:
+                return dict(json.load(answer))
+        except urllib.error.HTTPError as error:
+            if error.code not in (429, 503):
+                raise
+            return {"items": [{"code": error.code}] * len(documents), "refused": len(documents)}
 
     def add(self, traffic: Traffic) -> None:
         """Take over what a load was answered."""
@@ -138,8 +147,14 @@ class Ledger:
     def delete_all(self) -> None:
         """Delete every document in the store itself, as a mistake does that no check of the service stops."""
         if self.database:
-            sql(self.lab, self.database, f"BEGIN; {DELETED} COMMIT", ASK_SECONDS)
-            return
+            for attempt in range(1, DELETIONS + 1):
+                try:
+                    sql(self.lab, self.database, f"BEGIN; {DELETED} COMMIT", ASK_SECONDS)
+                    return
+                except AssertionError as error:
+                    # It takes seconds with many documents, and workers go on meanwhile: PostgreSQL ends one of two that wait for each other.
+                    if attempt == DELETIONS or "deadlock detected" not in str(error):
+                        raise
         done = self.lab.ssh(self.app, DELETE_SQLITE, ASK_SECONDS)
         assert done.returncode == 0, done.stderr
 

@@ -2,6 +2,7 @@
 
     make recovery                                     # both stores, few documents
     ATLAS_RECOVERY_DOCUMENTS=100000 make recovery     # as make test-full
+    PYTEST_ADDOPTS="-k 'Postgresql and (p99 or mistake or data_directory)'" make recovery       # a part
 
 Each store has a lab of its own, in the shape of staging (PostgreSQL) or on one host (SQLite). In it, documents are taken in,
 then more of them one by one, and at a moment drawn anew each time something is lost: every document by a mistake, the data
@@ -32,6 +33,7 @@ import pytest
 from ansible.module_utils.backup_core import parse_time, rfc3339
 from backuptest import (
     DAMAGE,
+    JOB_SECONDS,
     OTHER_KEY,
     REPOSITORY,
     damaged,
@@ -60,6 +62,8 @@ TIMER_SECONDS = 5.0
 """By which the timer may be late (AccuracySec)."""
 QUICK = ["-e", f"backup_sqlite_interval={INTERVAL_SECONDS:.0f}s"]
 CALM_SECONDS = 60.0
+MOVE_SECONDS = 1800.0 + DOCUMENTS / 20
+"""In which a repository is carried off, or brought back."""
 PLAYBOOK_SECONDS = 3600.0
 COPY = f"""systemctl stop atlas-backup-log 2> /dev/null
 flock {REPOSITORY}/lock tar -C / --exclude={REPOSITORY[1:]}/scratch -cf - {REPOSITORY[1:]}
@@ -120,7 +124,11 @@ class Stage:
         """Copy the repository to *file*, as one does to a disk that is kept elsewhere."""
         with file.open("wb") as out:
             subprocess.run(
-                self.lab.command(self.backup, "bash", "-"), input=COPY.encode(), stdout=out, check=True, timeout=1800
+                self.lab.command(self.backup, "bash", "-"),
+                input=COPY.encode(),
+                stdout=out,
+                check=True,
+                timeout=MOVE_SECONDS,
             )
 
     def bring_back(self, file: Path) -> None:
@@ -128,7 +136,7 @@ class Stage:
         with file.open("rb") as source:
             subprocess.run(
                 self.lab.command(self.backup, "tar", "-C", "/", "--no-same-owner", "-xf", "-"),
-                stdin=source, check=True, timeout=1800,
+                stdin=source, check=True, timeout=MOVE_SECONDS,
             )  # fmt: skip
 
     def playbook(self, name: str, *given: str) -> str:
@@ -486,7 +494,7 @@ def latency_under_backup(stage: Stage) -> None:
         time.sleep(CALM_SECONDS)
         ended = time.time()
         lab.ssh(stage.backup, "touch /run/proof-ends")
-        taken = backing_up.communicate(timeout=600)[0].split().count("taken")
+        taken = backing_up.communicate(timeout=JOB_SECONDS)[0].split().count("taken")
     stage.ledger.add(traffic)
     for name, since, until in (("without", began - CALM_SECONDS, began), ("under backup", began, ended)):
         values = percentiles([one.latency for one in traffic.outcomes if since <= one.due < until])
