@@ -177,7 +177,7 @@ def _hosts(looked: Facts, facts: Facts, options: Mapping[str, Any], targets: Seq
                 f"Finish or undo it first: ansible-playbook -i {options['inventory']} playbooks/deploy.yml"
             )
         owed = [edge for edge in options["edges"] if host in (facts.get(edge, {}).get("edge", {}).get("owed") or {})]
-        # An edge that boots forgets whom it kept out.
+        # An edge that no site.yml has given kept-out.state forgets at its boot whom it kept out.
         if owed and (host in targets or set(options["edges"]) & set(targets)):
             found.append(
                 f"{host} is owed a deployment and kept out of traffic. Deploy first: "
