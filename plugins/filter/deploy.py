@@ -95,7 +95,9 @@ def settings_checked(
     if not file.get("error"):
         try:
             command = settings_check.launcher(Path(file["file"]), file["digest"], PROJECT / ".cache" / "releases")
-            result["settings"] = settings_check.findings(command, settings, Path(inventory), PROJECT)
+            result["settings"] = settings_check.findings(
+                command, settings, Path(inventory), PROJECT, known_good=settings_check.memory(command)
+            )
         except (settings_check.CheckError, subprocess.TimeoutExpired) as error:
             result["unchecked"] = str(error)
     return result

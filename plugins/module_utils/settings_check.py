@@ -7,6 +7,7 @@ and asked here, and in which file and line of the inventory stands what it names
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -58,7 +59,19 @@ def launcher(archive: Path, digest: str, cache: Path) -> Path:
             raise CheckError(str(error)) from None
         for old in sorted(cache.glob("[!.]*"), key=lambda path: path.stat().st_mtime)[:-KEPT]:
             shutil.rmtree(old)
+            memory(old / release.LAUNCHER).unlink(missing_ok=True)
     return place / release.LAUNCHER
+
+
+def memory(command: Path) -> Path:
+    """Return the file in which the marks of all settings stand that the release of *command* (see launcher) was content with."""
+    place = command.parents[release.LAUNCHER.count("/")]
+    return place.with_name(f".content-{place.name}")
+
+
+def mark(settings: Mapping[str, Any]) -> str:
+    """Return what tells *settings* from others: the same release says the same of them again, with the same Python."""
+    return hashlib.sha256((sys.version + json.dumps(settings, sort_keys=True)).encode()).hexdigest()
 
 
 def ask(command: Path, settings: Mapping[str, Any]) -> list[str]:
@@ -132,14 +145,25 @@ def where(finding: str, settings: Mapping[str, Any], known: Mapping[str, Sequenc
 
 
 def findings(
-    command: Path, settings: Mapping[str, Mapping[str, Any]], inventory: Path, top: Path, workers: int = 2
+    command: Path,
+    settings: Mapping[str, Mapping[str, Any]],
+    inventory: Path,
+    top: Path,
+    workers: int = 2,
+    known_good: Path | None = None,
 ) -> list[str]:
     """Return all that the release of *command* refuses of *settings* (host → settings), each with file and line.
 
-    Files are named relative to *top*. Raises CheckError where the release cannot be asked.
+    Files are named relative to *top*. *known_good*: see memory; what stands there is not asked again. Raises CheckError where the
+    release cannot be asked.
     """
+    seen = set(known_good.read_text().split()) if known_good and known_good.exists() else set()
+    new = {host: each for host, each in settings.items() if mark(each) not in seen}
     with ThreadPoolExecutor(workers) as pool:
-        answers = dict(zip(settings, pool.map(lambda each: ask(command, each), settings.values()), strict=True))
+        answers = dict(zip(new, pool.map(lambda each: ask(command, each), new.values()), strict=True))
+    if known_good and (good := [mark(new[host]) for host, found in answers.items() if not found]):
+        with known_good.open("a") as stream:
+            stream.write("".join(f"{each}\n" for each in good))
     known = places(inventory)
     hosts: dict[str, list[str]] = {}
     for host, found in answers.items():

@@ -85,6 +85,30 @@ def test_a_setting_with_a_tag_of_ansibles_own_is_found_like_any(inventory: Path)
     assert [place.line for place in settings_check.places(inventory)["user_agent"]] == [2]
 
 
+def test_a_release_is_asked_once_of_settings_that_it_is_content_with(
+    command: Path, inventory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launcher = tmp_path / "1.0-abc" / release.LAUNCHER
+    known_good = settings_check.memory(launcher)
+    assert known_good.parent == tmp_path and known_good.name.startswith("."), "it is no part of the release"
+    asked: list[str] = []
+    ask = settings_check.ask
+
+    def counted(command: Path, settings: dict[str, Any]) -> list[str]:
+        asked.append(settings["host"])
+        return ask(command, settings)
+
+    monkeypatch.setattr(settings_check, "ask", counted)
+    settings = {"app1": GOOD, "app2": GOOD | {"host": "app2", "queue_limit": "many"}}
+    for _ in range(2):
+        (found,) = settings_check.findings(command, settings, inventory, tmp_path, known_good=known_good)
+        assert "queue_limit" in found and found.endswith("(app2)")
+    assert sorted(asked) == ["app1", "app2", "app2"]
+    settings["app1"] = GOOD | {"log_level": "debug"}
+    settings_check.findings(command, settings, inventory, tmp_path, known_good=known_good)
+    assert sorted(asked) == ["app1", "app1", "app2", "app2", "app2"], "other settings are another question"
+
+
 def test_a_missing_setting_says_where_it_belongs(command: Path, inventory: Path) -> None:
     settings = {"app1": {key: value for key, value in GOOD.items() if key != "database_url"}}
     (found,) = settings_check.findings(command, settings, inventory, inventory.parents[1])
