@@ -492,7 +492,11 @@ def _options(options: Options) -> list[str]:
 
 
 def _vault(facts: Facts, options: Options) -> list[str]:
-    """Refuse a vault file from before a rotation: it would bring back what was retired, and could not read what came since."""
+    """Refuse a vault file from before a rotation: it would bring back what was retired, and could not read what came since.
+
+    The serial alone does not tell two files apart that two people's rotations made of the same one, nor one whose serial was set by
+    hand; what could not be read without a key of the keyring stays unreadable, so that key is looked for as well.
+    """
     journals = {host: facts[host].get("rotations", []) for host in options["hosts"] if answered(facts, host)}
     if older := rotation.older_vault(journals, options.get("vault_serial", 0)):
         return [older]

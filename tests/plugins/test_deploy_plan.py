@@ -716,6 +716,11 @@ def test_a_vault_file_from_before_a_rotation_deploys_nothing() -> None:
     assert len(refused(known_keys=["retired"])) == 1, "a vault file without a serial"
     assert refused(known_keys=["newest"], vault_serial=2) == []
 
+    rotations.append({**entry, "step": "added", "new": "coming", "order": 5, "serial": 2})
+    (told,) = refused(known_keys=["newest"], vault_serial=2)
+    assert "lacks the key coming" in told, "of two who rotated from the same file, each has a file with this serial"
+    rotations.pop()
+
     rotations.append({"event": "finished", "deployment": 8, "at": "1970-01-12T00:01:00Z", "serial": 3})
     (told,) = refused(known_keys=["newest"], vault_serial=2)
     assert "deployment 8 (1970-01-12T00:01:00Z)" in told, "of a rotation that was killed before it noted that"
