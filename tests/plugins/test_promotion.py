@@ -204,6 +204,11 @@ def test_the_soak_of_a_release_outlasts_its_deployments_and_begins_anew_with_ano
     assert [gate for gate, _ in against(unknown)] == ["soak"]
 
 
+def test_a_host_that_does_not_answer_may_serve_something_else() -> None:
+    found = against(source(app2={"unreachable": True, "msg": "gone"}))
+    assert ("digest", "app2 does not answer: what it serves is not known.") in found
+
+
 def test_few_requests_tell_nothing() -> None:
     few = {"total": 10, "failed": 0}
     (found,) = against(source(app1=host(requests=few), app2=host(requests=few)))
@@ -333,6 +338,58 @@ def promote(project: Path, check: bool = False, **other: Any) -> dict[str, Any]:
 
 def content(project: Path) -> dict[str, bytes]:
     return {str(path.relative_to(project)): path.read_bytes() for path in project.rglob("*") if path.is_file()}
+
+
+SPOILED: dict[str, Callable[[dict[str, Any], dict[str, Any]], Any]] = {
+    # What keeps the release from being promoted: a change of the surveys of staging and of production.
+    "digest": lambda staging, _: staging["facts"].update(app2=staging["facts"]["app2"] | {"digest": "e" * 64}),
+    "soak": lambda _, production: production.update(limits=LIMITS | {"soak_hours": 72}),
+    "health": lambda staging, _: staging["facts"]["edge1"]["edge"].update(maintenance="The database moves"),
+    "errors": lambda staging, _: staging["facts"]["app1"].update(requests={"total": 500, "failed": 2}),
+    "schema": lambda _, production: production.update(schema={"applied": {"9001": "contract"}}),
+    "settings": lambda _, production: production["variables"]["app1"]["atlas_settings"].update(unknown=1),
+    "freeze": lambda _, production: production.update(
+        freeze_windows=[{"reason": "year end", "from": "2020-01-01", "to": "2099-02-01", "time_zone": "UTC"}]
+    ),
+}
+
+
+@pytest.mark.parametrize("gate", SPOILED)
+def test_each_gate_stops_a_whole_promotion_unless_it_is_overridden_by_its_name_with_a_reason_that_the_pin_keeps(
+    project: Path, monkeypatch: pytest.MonkeyPatch, gate: str
+) -> None:
+    """All but the signature, without which no override helps: test_no_override_pins_what_no_host_would_take."""
+    assert {*SPOILED, "signature"} == promotion_plan.GATES.keys()
+    staging, production = promotion.read([], project)
+    SPOILED[gate](staging, production)
+
+    def refuses(_: Any, settings: dict[str, dict[str, Any]], *__: Any) -> list[str]:
+        return [f"main.yml:3: {name}: is unknown (app1)" for name in settings["app1"]]
+
+    monkeypatch.setattr(settings_check, "findings", refuses)
+    monkeypatch.setattr(promotion, "read", lambda *_: (staging, production))
+    before = content(project)
+    others = [name for name in promotion_plan.GATES if name != gate]
+    for given in ({}, {"override": [gate]}, {"override": others, "reason": "in a hurry"}):
+        with pytest.raises(promotion.Refused, match=rf"\d\. ({gate}: |A gate is overridden with a reason)"):
+            promote(project, **given)
+    assert content(project) == before
+    assert promote(project, override=[gate], reason="in a hurry")["pin"]["promoted"]["overridden"] == {
+        gate: "in a hurry"
+    }
+
+
+def test_a_release_that_cannot_be_asked_about_the_settings_is_not_taken_to_accept_them(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> Path:
+        raise settings_check.CheckError("it carries no code for Python 3.12")
+
+    monkeypatch.setattr(settings_check, "launcher", fails)
+    with pytest.raises(
+        promotion.Refused, match="1. settings: The release cannot be asked on this machine: it carries no"
+    ):
+        promote(project)
 
 
 def test_a_promotion_writes_one_file_that_a_deploy_accepts_and_a_second_run_nothing(project: Path) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 import yaml
+from ansible.module_utils import release
 from labtest import PROJECT, Lab, poll, properties, slot_in_service
 from prooftest import QUICK, Step, play, release_id
 
@@ -140,6 +141,26 @@ def test_staging_gives_the_same_bytes_to_production_when_the_gates_let_it(labs: 
     assert promoted["from"] == "staging" and promoted["overridden"] == {"soak": reason}
     journal = production.ssh(production.group("app")[0], "cat /var/lib/atlas-deploy/journal.jsonl").stdout
     assert reason in journal
+
+
+def test_neither_a_freeze_nor_a_foreign_key_lets_it_pass(labs: Labs, archive: Path, tmp_path: Path) -> None:
+    """Both read from where they are: the target's inventory, and the bytes that serve in the source."""
+    production = labs["production"]
+    before = pin(production)
+    frozen = {"reason": "year end", "from": "2020-01-01", "to": "2099-01-01", "time_zone": "UTC"}
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(tmp_path / "key")], check=True)
+    foreign = f"{release.PRINCIPAL} {(tmp_path / 'key.pub').read_text()}"
+    file = production.inventory / "host_vars" / HOST / "zzzz-gates.yml"
+    file.write_text(yaml.safe_dump({"deploy_freeze_windows": [frozen], "deploy_allowed_signers": foreign}))
+    words = ("-e", "override=soak,freeze,signature", "-e", "reason='in a hurry'")
+    try:
+        promote(labs, "staging", "production").refused(
+            "soak: ", "freeze: ", "year end", "signature: ", "deploy_allowed_signers does not allow"
+        )
+        promote(labs, "staging", "production", *words).refused("No override pins a release without a good signature")
+    finally:
+        file.unlink()
+    assert pin(production) == before
 
 
 def test_promoted_again_nothing_changes(labs: Labs, archive: Path) -> None:
