@@ -240,6 +240,25 @@ def test_the_log_is_noted_as_complete_only_when_the_receiver_has_it_to_its_last_
     assert json.loads(noted.read_text()) == {"2": {"at": 7.0, "lsn": "0/5000100"}}
 
 
+def test_a_log_that_takes_long_to_put_in_order_counts_as_arrived(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wal, clock, segment = Wal({"address": "192.0.2.40"}, tmp_path), [0.0], "000000010000000000000005"
+    for name in ("streaming", f"wals/{segment[:16]}"):
+        (wal.home / name).mkdir(parents=True)
+    (wal.home / "streaming" / segment).touch()
+
+    def slowly(doing: str, *_: str) -> str:
+        clock[0] += 600
+        (wal.home / "streaming" / segment).rename(wal.home / "wals" / segment[:16] / segment)
+        return ""
+
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(wal, "sql", lambda _: ["7.0", "0/5000100", segment])
+    monkeypatch.setattr(wal, "barman", slowly)
+    assert wal.mark()["lsn"] == "0/5000100"
+
+
 @pytest.mark.parametrize(
     ("written", "inserted", "is_between"),
     [
