@@ -95,6 +95,13 @@ def test_tokens_are_replaced_and_the_old_ones_refused_at_once(lab: Lab, known: s
     assert lab.http("GET", "/v1/documents", token=old).status == 401
 
 
+def test_a_vault_file_from_before_that_provisions_nothing(lab: Lab) -> None:
+    """Noted by the steps of the rotations, and by the deployments that they brought into service."""
+    play(lab, "site", "-e", "vault_serial=0").refused(
+        "(vault_serial 0)", "fernet (finished", "tokens (finished", "deployment "
+    )
+
+
 def test_no_secret_was_said_or_left_anywhere(lab: Lab, known: set[str], logs: Path) -> None:
     keep(play(lab, "site", *TALKATIVE), logs)
     ever = known | finder.secrets_of(lab.folder)
