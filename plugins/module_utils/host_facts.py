@@ -156,7 +156,7 @@ def texts(host: Host) -> dict[str, str]:
 def troubles(command: Callable[..., Done] = run) -> dict[str, Any]:
     """Return what systemd's journal holds against the services of both slots: *restarts* and *complaints*, each [unit, Unix time].
 
-    *since*: the Unix time from which on it is known, None where the journal cannot be read. A restart of a unit is there to
+    *since*: the Unix time from which on it is known, None where the journal cannot be read, with *error*. A restart of a unit is there to
     stay, whatever becomes of the counter of the unit; who stopped and started it by hand is not in it.
     """
     found: dict[str, Any] = {"since": None, "restarts": [], "complaints": []}
@@ -176,10 +176,10 @@ def troubles(command: Callable[..., Done] = run) -> dict[str, Any]:
         told = command([*argv, *query, *matches], timeout=120)
         moments = [_moment(json.loads(line)) for line in oldest.output.splitlines()]
         entries = [json.loads(line) for line in told.output.splitlines()]
-    except (HostError, ValueError, KeyError):
-        return found
+    except (HostError, ValueError, KeyError) as error:
+        return found | {"error": str(error)}
     if told.errors.strip() or not moments:
-        return found
+        return found | {"error": told.errors.strip()[:300] or "it is empty"}
     for entry in entries:
         pair = [entry.get("UNIT") or entry["_SYSTEMD_UNIT"], _moment(entry)]
         found["restarts" if "UNIT" in entry else "complaints"].append(pair)

@@ -221,14 +221,14 @@ def _fared(source: Mapping[str, Any], target: Mapping[str, Any], release: Mappin
         fact = source["facts"][host]
         served, known = _known(fact, release)
         judged = max(served[0].since, fact["clock"] - 3600 * float(target["limits"]["soak_hours"]))
-        if known is None or known > judged:
-            reach = "cannot be read" if known is None else f"reaches back to {when(known)} only"
-            found.append(
-                f"{host}: systemd's journal {reach}, so how the services fared since {when(judged)} is not known "
-                "(base_journal_retention, base_journal_max_use)."
-            )
+        unknown = f"so how the services fared since {when(judged)} is not known"
         if known is None:
+            why = fact["troubles"]["error"]
+            found.append(f"{host}: systemd's journal cannot be read, {unknown}. Look there, with journalctl: {why}")
             continue
+        if known > judged:
+            reach = f"reaches back to {when(known)} only, {unknown} (base_journal_retention, base_journal_max_use)"
+            found.append(f"{host}: systemd's journal {reach}.")
         counted = Counter(unit.split("@")[0] for unit, _ in _within(served, fact["troubles"]["restarts"]))
         found += [
             f"{host}: {unit} restarted by itself {'once' if count == 1 else f'{count} times'} since {when(max(known, served[0].since))}."

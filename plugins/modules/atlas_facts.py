@@ -68,7 +68,7 @@ stale_units:
   returned: always
 troubles:
   description: >-
-    With O(troubles), the Unix time from which on they are known (C(since), null for never), and pairs of unit and Unix time:
+    With O(troubles), the Unix time from which on they are known (C(since), null with C(error) for never), and pairs of unit and Unix time:
     C(restarts) by systemd itself, C(complaints) of monitoring that the store does not answer or a probe did not come through.
   type: dict
   returned: always

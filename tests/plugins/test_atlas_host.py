@@ -357,9 +357,13 @@ def test_what_the_journal_of_systemd_holds_against_the_services_is_read_from_its
     assert host_facts.troubles(journal(line(100), ""))["since"] == 100.0
     monkeypatch.setattr(host_facts, "TROUBLES", 2)
     assert host_facts.troubles(journal(line(100), restarted + complained))["since"] == 200.5, "there may be more"
-    unknown: dict[str, Any] = {"since": None, "restarts": [], "complaints": []}
-    for command in (journal("", ""), journal(line(100), "", "no permission"), journal("", "no JSON")):
-        assert host_facts.troubles(command) == unknown
+    for command, why in (
+        (journal("", ""), "it is empty"),
+        (journal(line(100), "", "no permission\n"), "no permission"),
+        (journal("", "no JSON"), "Expecting value"),
+    ):
+        unknown = host_facts.troubles(command)
+        assert unknown["since"] is None and why in unknown["error"]
 
 
 def test_a_balancer_that_does_not_run_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
