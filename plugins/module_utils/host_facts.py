@@ -248,7 +248,7 @@ def facts(params: Mapping[str, Any]) -> dict[str, Any]:
         "ready": {"status": ready.status, "release": ready.headers.get("x-atlas-release"), "body": ready.body}
         if ready
         else None,
-        "requests": requests(slot) if slot else None,
+        "requests": requests(slot) if slot and params.get("troubles") else None,
         "troubles": troubles() if params.get("troubles") else None,
         "journal": journal[-entries:] if entries else [],
         "rotations": noted(journal),

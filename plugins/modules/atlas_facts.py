@@ -30,7 +30,7 @@ options:
     type: int
     default: 10
   troubles:
-    description: Whether to return what systemd's journal holds against the services.
+    description: Whether to return what systemd's journal holds against the services, and how many requests they have answered.
     type: bool
     default: false
 author: Atlas
@@ -70,6 +70,10 @@ troubles:
   description: >-
     With O(troubles), the Unix time from which on they are known (C(since), null with C(error) for never), and pairs of unit and Unix time:
     C(restarts) by systemd itself, C(complaints) of monitoring that the store does not answer or a probe did not come through.
+  type: dict
+  returned: always
+requests:
+  description: With O(troubles), how many requests the slot in service has answered since it started (C(total)), and how many with 5xx (C(failed)).
   type: dict
   returned: always
 edge:

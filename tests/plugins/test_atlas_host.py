@@ -880,3 +880,24 @@ def test_a_command_that_fails_says_its_error_and_not_where_a_column_is(host: Hos
         host.command(7, "blue", ["db", "migrate"], 5)
     assert str(failed.value).endswith("(exit status 1): Error: nothing was changed: no column x")
     assert len(failed.value.log) == 3
+
+
+def test_an_api_is_asked_for_its_counters_only_where_they_are_wanted(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It puts them together from all its workers, while every deploy and rollback waits for all hosts to answer."""
+    serving(host, "blue", 1)
+    asked: list[str] = []
+
+    def get(_port: int, path: str) -> atlas_host.Answer:
+        asked.append(path)
+        return atlas_host.Answer(200, {}, {})
+
+    monkeypatch.setattr(host_facts, "Host", lambda: host)
+    monkeypatch.setattr(host_facts, "get", get)
+    monkeypatch.setattr(atlas_host, "get", get)
+    monkeypatch.setattr(host_facts, "troubles", dict)
+    look = {"journal": 0, "settings": None, "credentials": None, "texts": False, "socket": "/nowhere/admin.sock"}
+    assert host_facts.facts(look)["requests"] is None and asked == ["/readyz"]
+    assert host_facts.facts(look | {"troubles": True})["requests"] == {"total": 0, "failed": 0}
+    assert asked == ["/readyz", "/readyz", "/metrics"]
