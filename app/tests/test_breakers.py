@@ -107,14 +107,16 @@ def test_a_look_past_blocked_jobs_finds_what_is_more_urgent_than_a_lane(make: Ma
 def test_lanes_that_wait_behind_the_common_queue_hide_no_urgent_one(make: Make, clock: Clock) -> None:
     queue = make(concurrency=1)
     names = [f"h{number}" for number in range(20)]
-    add(queue, *names, *names, priority=2)
     add(queue, *["urgent"] * 3, priority=0)
-    running = queue.claim(100)
+    running = queue.claim(1)
+    clock.advance(1)
+    add(queue, *names, *names, priority=2)
+    running += queue.claim(100)
     assert len(running) == 21 and queue.claim(100) == [] and in_lanes(queue.database) == 22
     queue.finish([Result(job) for job in running])
     clock.advance(1)
     (asked,) = queue.claim(1)
-    assert asked.host == "urgent", "its host is now the one asked last"
+    assert asked.host == "urgent", "its host was the one asked first, and is now the one asked last"
     queue.finish([Result(asked)])
     clock.advance(1)
     add(queue, *[None] * 100)
