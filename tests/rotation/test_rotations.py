@@ -131,10 +131,11 @@ def test_who_is_logged_in_with_a_leaked_key_is_cut_off_and_nobody_else(lab: Lab,
             said = rotate(lab, "ssh", "-e", "revoke=now", "-e", "confirm=staging").succeeded().output
             assert (one.poll(), two.poll(), three.poll()) == (255, 255, None), said
             assert lab.ssh(host, f"pgrep -fx '{left}'").returncode == 1
-        named = [line for line in said.splitlines() if "cut off: an SSH session of deploy" in line]
+        # Elsewhere runs that were killed may have left connections, which end as well.
+        named = [line for line in said.splitlines() if f"cut off: an SSH session of deploy on {host}, from " in line]
         assert len(named) == 2, said
         for line in named:
-            assert f" on {host}, from " in line and ", since 20" in line and shown.split()[1] in line, line
+            assert ", since 20" in line and shown.split()[1] in line, line
         old_key_is_refused(lab, leaked)
     finally:
         lab.ssh(host, f"sed -i '/ another$/d' {keys}")
