@@ -31,27 +31,6 @@ def test_the_map_in_file_and_at_run_time_names_the_slot_in_service(lab: Lab) -> 
         assert lab.ssh(host, python).stdout.split()[-2:] == ["active", expected], (host, show)
 
 
-def test_a_host_that_is_kept_out_stays_out_when_haproxy_starts_again(lab: Lab) -> None:
-    """In the backend that only canaries use: no user notices."""
-    edge, host = lab.group("edge")[0], lab.group("app")[0]
-    server = f"be_mixed/{host}-{slot_in_service(lab, host)}"
-
-    def order(state: str) -> str:
-        done = lab.run(
-            "ansible", "-i", str(lab.inventory), edge, "-m", "haproxy_runtime", "-a", f"state={state} servers={server}"
-        )
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-        return done.stdout
-
-    assert "MAINT" in order("maint")
-    try:
-        restarted = lab.ssh(edge, "systemctl reset-failed haproxy; systemctl restart haproxy")
-        assert restarted.returncode == 0, restarted.stderr
-        assert "CHANGED" not in order("maint"), "it was in again"
-    finally:
-        assert "CHANGED" in order("ready")
-
-
 def test_the_runtime_socket_is_not_for_everyone(lab: Lab) -> None:
     for host in lab.group("edge"):
         assert lab.ssh(host, "stat -c %a /run/haproxy/admin.sock").stdout.strip() in ("600", "660"), host

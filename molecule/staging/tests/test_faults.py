@@ -60,3 +60,25 @@ def test_a_rebooted_host_brings_everything_back(lab: Lab, wait_for: Callable[...
     answer = lab.http("POST", "/v1/documents", {"content": uuid.uuid4().hex, "content_type": "text/plain"})
     assert answer.status == 202
     settle(lab, [answer.body["id"]], wait_for)
+
+
+def test_a_host_that_is_kept_out_stays_out_when_haproxy_starts_again(lab: Lab, wait_for: Callable[..., Any]) -> None:
+    """It passes every health check, and may lack what is in service."""
+    edge, host = lab.group("edge")[0], lab.group("app")[0]
+    server = f"be_{slot_in_service(lab, host)}/{host}"
+
+    def order(state: str) -> str:
+        done = lab.run(
+            "ansible", "-i", str(lab.inventory), edge, "-m", "haproxy_runtime", "-a", f"state={state} servers={server}"
+        )
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        return done.stdout
+
+    assert "MAINT" in order("maint")
+    try:
+        restarted = lab.ssh(edge, "systemctl reset-failed haproxy; systemctl restart haproxy")
+        assert restarted.returncode == 0, restarted.stderr
+        wait_for(lambda: lab.http("GET", "/readyz", token=None).status == 200, 60, "the other host serves")
+        assert "CHANGED" not in order("maint"), "it was in again"
+    finally:
+        assert "CHANGED" in order("ready")
