@@ -108,9 +108,10 @@ def test_a_rotation_that_is_killed_again_and_again_loses_nothing(lab: Lab, kind:
     backup_is_sound(lab)
 
 
-def test_who_is_logged_in_with_a_leaked_key_is_cut_off_and_nobody_else(lab: Lab, tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", [0, -1], ids=["bookworm", "trixie"])
+def test_who_is_logged_in_with_a_leaked_key_is_cut_off_and_nobody_else(lab: Lab, tmp_path: Path, place: int) -> None:
     """A session, a connection that others may share, and what was left running in it. The run's own connections are not named."""
-    host, left = lab.group("app")[0], "sleep 98765"
+    host, left = lab.group("app")[place], "sleep 98765"
     leaked, other, shared = tmp_path / "leaked", tmp_path / "other", str(tmp_path / "shared")
     leaked.write_text(Path(lab.ssh_key).read_text())
     leaked.chmod(0o600)
