@@ -118,6 +118,36 @@ def test_what_was_touched_goes_back_and_nothing_else(name: str) -> None:
     assert deploy.play(fleet, "undo_hosts") == ["app1"] == deploy.touched(fleet, ["app1", "app2"])
 
 
+@pytest.mark.parametrize(
+    ("edge", "rolling", "hosts"),
+    [
+        ({}, False, ["app2", "app1"]),
+        ({"__deploy_switched": {"skipped": True}}, False, ["app2", "app1"]),
+        ({"__deploy_switched": {"changed": True}, "__deploy_traffic_back": {"changed": True}}, False, ["app2", "app1"]),
+        ({"__deploy_switched": {"changed": True}, "__deploy_traffic_back": {"unreachable": True}}, False, []),
+        ({"__deploy_watched": {"unreachable": True}, "__deploy_traffic_back": {"failed": True}}, False, []),
+        ({"__deploy_switched": {"unreachable": True}}, False, []),
+        ({"__deploy_relocked": {"failed": True}}, True, []),
+        ({"__deploy_relocked": {"unreachable": True}}, True, ["app2", "app1"]),
+    ],
+    ids=["untried", "skipped", "back", "gone after the switch", "refuses", "gone in the switch", "taken", "edge gone"],
+)
+def test_what_an_edge_may_still_send_traffic_to_is_not_stopped(
+    edge: dict[str, Any], rolling: bool, hosts: list[str]
+) -> None:
+    failed = {"host": "app1", "phase": "verify", "message": "", "log": []}
+    app = {"__deploy_started": {"changed": True}, "__deploy_plan": PLAN | {"rolling": rolling}}
+    fleet = variables(
+        edge1=edge | {"__deploy_failure": failed, "__deploy_plan": app["__deploy_plan"]}, app1=app, app2=app
+    )
+    assert deploy.play(fleet, "undo_hosts") == hosts
+    assert deploy.play(fleet, "undo_lock") == ["edge1"]
+    taken = edge.get("__deploy_relocked", {}).get("failed", False)
+    assert deploy.play(fleet, "undo_lead") == ([] if taken else ["app2"]), (
+        "nor are the other deploy's workers dismissed"
+    )
+
+
 def test_all_of_a_batch_have_to_be_well() -> None:
     well, hosts = {"__deploy_started": {"changed": True}}, ["app1", "app2"]
     assert deploy.all_well(variables(app1=well, app2=well), hosts, "__deploy_started")
