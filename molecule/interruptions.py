@@ -107,18 +107,25 @@ def full_disk(lab: Lab, release: str, strategy: str) -> None:
 
 
 SSH = """#!/bin/sh
-[ ! -e {folder}/cut ] || {{ echo 'No route to host' >&2; exit 255; }}
+[ ! -e {folder}/cut ] || case "$*" in *"{target}"*) echo 'No route to host' >&2; exit 255;; esac
 exec ssh "$@"
 """
 
 
-def lost_network(lab: Lab, release: str, strategy: str) -> None:
-    """The controller's network is gone: what was connected is cut off, and nothing else connects."""
+@contextmanager
+def severable(address: str = "") -> Iterator[tuple[Path, dict[str, str]]]:
+    """Yield a folder, and an environment in which Ansible cannot connect to *address* (default: any) while it has a file cut."""
     with tempfile.TemporaryDirectory(prefix="atlas-cut-") as name:
         folder = Path(name)
-        (folder / "ssh").write_text(SSH.format(folder=folder))
+        (folder / "ssh").write_text(SSH.format(folder=folder, target=address and f" {address} "))
         (folder / "ssh").chmod(0o755)
-        own = {"ANSIBLE_SSH_EXECUTABLE": str(folder / "ssh"), "ANSIBLE_SSH_CONTROL_PATH_DIR": str(folder / "control")}
+        yield folder, {"ANSIBLE_SSH_EXECUTABLE": str(folder / "ssh")}
+
+
+def lost_network(lab: Lab, release: str, strategy: str) -> None:
+    """The controller's network is gone: what was connected is cut off, and nothing else connects."""
+    with severable() as (folder, own):
+        own["ANSIBLE_SSH_CONTROL_PATH_DIR"] = str(folder / "control")
         with begun(lab, release, strategy, own) as process:
             wait_until(lambda: locked(lab), 120, "the deploy is under way", pause=0.1)
             time.sleep(3)
@@ -141,6 +148,24 @@ def _cut(control: Path) -> int:
         except OSError:
             continue
     return count
+
+
+def edge_out_of_reach(lab: Lab, release: str, strategy: str) -> str:
+    """An edge has just switched when the controller can reach it no more; it serves on. Return what the deploy said."""
+    edge = lab.group("edge")[1]
+    look = "cat /etc/haproxy/slot.map"
+    before = lab.ssh(edge, look).stdout
+    with severable(lab.hosts[edge]) as (folder, own):
+        # Each task connects anew, so that a deploy loses this edge alone.
+        own["ANSIBLE_SSH_ARGS"] = "-o ControlMaster=no -o ControlPath=none -o ConnectTimeout=10"
+        with begun(lab, release, strategy, own, output=subprocess.PIPE) as process:
+            wait_until(
+                lambda: lab.ssh(edge, look).stdout not in ("", before), END_SECONDS, "it has switched", pause=0.1
+            )
+            (folder / "cut").touch()
+            said = process.communicate(timeout=END_SECONDS)[0]
+            assert process.returncode, "it went through without an edge"
+    return said
 
 
 def locked(lab: Lab) -> bool:

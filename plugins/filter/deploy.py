@@ -180,7 +180,8 @@ def _touched(variables: Mapping[str, Any]) -> bool:
 def held_up(hostvars: Mapping[str, Mapping[str, Any]], plan_: Mapping[str, Any]) -> list[str]:
     """Return the edges on whose account nothing that a deploy of *plan_* started may be stopped on app hosts.
 
-    They may still send traffic there, or another deploy has taken the lock and sees to it.
+    They may still send traffic there, or another deploy has taken the lock and sees to it. In a rolling deploy the other
+    hosts of the same slot take over what a host that is returned does not accept.
     """
     known = {edge: hostvars[edge] for edge in plan_["edges"]}
     taken = _taken(hostvars, plan_)
@@ -196,9 +197,8 @@ def held_up(hostvars: Mapping[str, Mapping[str, Any]], plan_: Mapping[str, Any])
 
 
 def _taken(hostvars: Mapping[str, Mapping[str, Any]], plan_: Mapping[str, Any]) -> list[str]:
-    """Return the edges whose lock another deploy than that of *plan_* has by now."""
-    locked = {edge: hostvars[edge].get("__deploy_relocked") or {} for edge in plan_["edges"]}
-    return [edge for edge, result in locked.items() if result.get("failed") and not result.get("unreachable")]
+    """Return the edges whose lock another deploy than that of *plan_* has, or has had since."""
+    return [edge for edge in plan_["edges"] if (hostvars[edge].get("__deploy_relocked") or {}).get("taken")]
 
 
 def touched(hostvars: Mapping[str, Mapping[str, Any]], hosts: Sequence[str]) -> list[str]:

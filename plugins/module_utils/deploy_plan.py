@@ -684,7 +684,7 @@ def play_hosts(
         "verify": everyone if go else [],
         "finish": hosts if go else [],
         "finish_edges": edges if go else [],
-        "undo_lock": edges if failed and touched else [],
+        "undo_lock": edges if failed else [],
         "undo_edges": edges if failed and touched and not rolling and not is_first else [],
         # The last one first: it is out of rotation, and those before it serve until it is back.
         "undo_hosts": list(reversed(touched)) if failed else [],

@@ -7,7 +7,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,16 @@ def apply(params: Mapping[str, Any], directory: Path, check: bool) -> dict[str, 
         return {"changed": changed, "lease": wanted}
     finally:
         os.close(handle)
+
+
+def had_by_another(journal: Sequence[Mapping[str, Any]], deploy: str) -> str:
+    """Return who had the lease after *deploy*, by the *journal* of the host, or an empty text.
+
+    Whoever has given it back by now may have left something else in service than *deploy* knows of.
+    """
+    locks = [entry for entry in journal if entry.get("event") == "lock"]
+    last = locks[-1] if locks else {}
+    return "" if last.get("deploy") == deploy else str(last.get("holder") or "somebody")
 
 
 def renew(deploy: str, seconds: float, check: bool = False) -> None:

@@ -10,9 +10,11 @@ description:
   - The lock is a lease on each edge host with a holder, a reason and an expiry. Whoever finds it taken is told by whom.
 options:
   state:
-    description: What to do with the lease.
+    description:
+      - What to do with the lease. V(retaken) is V(acquired) for a deploy that had it before; it fails if another one has had
+        the lease since, even if that has given it back.
     type: str
-    choices: [acquired, renewed, released]
+    choices: [acquired, retaken, renewed, released]
     required: true
   deploy:
     description: Identity of the deploy that holds or wants the lease.
@@ -58,18 +60,22 @@ lease:
   description: The lease after the call.
   type: dict
   returned: always
+taken:
+  description: Another deploy has the lease, or has had it since.
+  type: bool
+  returned: on failure
 """
 
 from ansible.module_utils.atlas_host import Host
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.lease import DIRECTORY, LeaseError, apply
+from ansible.module_utils.lease import DIRECTORY, LeaseError, apply, had_by_another
 
 
 def main() -> None:
     """Run the module."""
     module = AnsibleModule(
         argument_spec={
-            "state": {"type": "str", "choices": ["acquired", "renewed", "released"], "required": True},
+            "state": {"type": "str", "choices": ["acquired", "retaken", "renewed", "released"], "required": True},
             "deploy": {"type": "str", "required": True},
             "holder": {"type": "str", "default": ""},
             "process": {"type": "str", "default": ""},
@@ -79,14 +85,20 @@ def main() -> None:
         },
         supports_check_mode=True,
     )
+    params, host = dict(module.params), Host()
     try:
-        result = apply(module.params, DIRECTORY, module.check_mode)
+        if params["state"] == "retaken":
+            other = "" if module.check_mode else had_by_another(host.journal(), params["deploy"])
+            if other:
+                raise LeaseError(f"The lock was taken by another deploy meanwhile: {other}.")
+            params["state"] = "acquired"
+        result = apply(params, DIRECTORY, module.check_mode)
         if result["changed"] and not module.check_mode:
-            who = {key: module.params[key] for key in ("deploy", "holder", "reason")}
-            Host().record("lock" if result["lease"] else "unlock", phase="lock", outcome="ok", **who)
+            who = {key: params[key] for key in ("deploy", "holder", "reason")}
+            host.record("lock" if result["lease"] else "unlock", phase="lock", outcome="ok", **who)
         module.exit_json(**result)
     except LeaseError as error:
-        module.fail_json(msg=str(error))
+        module.fail_json(msg=str(error), taken=True)
     except OSError as error:
         module.fail_json(msg=f"The lock cannot be written: {error.filename}: {error.strerror}")
 

@@ -127,10 +127,23 @@ def test_what_was_touched_goes_back_and_nothing_else(name: str) -> None:
         ({"__deploy_switched": {"changed": True}, "__deploy_traffic_back": {"unreachable": True}}, False, []),
         ({"__deploy_watched": {"unreachable": True}, "__deploy_traffic_back": {"failed": True}}, False, []),
         ({"__deploy_switched": {"unreachable": True}}, False, []),
-        ({"__deploy_relocked": {"failed": True}}, True, []),
+        ({"__deploy_relocked": {"failed": True, "taken": True}}, True, []),
+        ({"__deploy_relocked": {"failed": True, "taken": True}}, False, []),
+        ({"__deploy_relocked": {"failed": True}}, True, ["app2", "app1"]),
         ({"__deploy_relocked": {"unreachable": True}}, True, ["app2", "app1"]),
     ],
-    ids=["untried", "skipped", "back", "gone after the switch", "refuses", "gone in the switch", "taken", "edge gone"],
+    ids=[
+        "untried",
+        "skipped",
+        "back",
+        "gone after the switch",
+        "refuses",
+        "gone in the switch",
+        "taken, rolling",
+        "taken",
+        "disk full",
+        "edge gone",
+    ],
 )
 def test_what_an_edge_may_still_send_traffic_to_is_not_stopped(
     edge: dict[str, Any], rolling: bool, hosts: list[str]
@@ -142,7 +155,7 @@ def test_what_an_edge_may_still_send_traffic_to_is_not_stopped(
     )
     assert deploy.play(fleet, "undo_hosts") == hosts
     assert deploy.play(fleet, "undo_lock") == ["edge1"]
-    taken = edge.get("__deploy_relocked", {}).get("failed", False)
+    taken = edge.get("__deploy_relocked", {}).get("taken", False)
     assert deploy.play(fleet, "undo_lead") == ([] if taken else ["app2"]), (
         "nor are the other deploy's workers dismissed"
     )

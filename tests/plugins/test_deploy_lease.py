@@ -53,6 +53,17 @@ def test_an_expired_lease_is_free(tmp_path: Path) -> None:
     assert lease.apply(wish(deploy="d2"), tmp_path, False)["changed"]
 
 
+def test_who_lost_the_lease_learns_whether_another_deploy_has_had_it() -> None:
+    """One that has ended by now may have put something else into service."""
+    mine = {"event": "lock", "deploy": "d1", "holder": "ada@laptop"}
+    taken_away = {**mine, "event": "unlock"}
+    theirs = {"event": "lock", "deploy": "d2", "holder": "bob@desk"}
+    assert lease.had_by_another([mine, {"event": "switched", "deploy": "d1"}, taken_away], "d1") == ""
+    assert lease.had_by_another([theirs, mine], "d1") == ""
+    assert lease.had_by_another([mine, theirs, {**theirs, "event": "unlock"}], "d1") == "bob@desk"
+    assert lease.had_by_another([], "d1") == "somebody", "nothing is known of an edge that was set up anew"
+
+
 def test_only_the_named_lease_is_taken_over(tmp_path: Path) -> None:
     lease.apply(wish(), tmp_path, False)
     with pytest.raises(lease.LeaseError):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 
 import pytest
-from interruptions import await_rest, lost_edge
-from labtest import Lab
+from interruptions import await_rest, edge_out_of_reach, lost_edge
+from labtest import Lab, slot_in_service
 from prooftest import GOOD, archive, deploy, load, release_id, releases_in_service, wait_until
 
 from tests.load.verdict import Span
@@ -32,3 +32,37 @@ def test_an_edge_that_is_lost(lab: Lab, strategy: str) -> None:
     with load(lab, 20) as both:
         time.sleep(3)
     assert both.verdict([Span(0, time.time(), release=wanted)]).findings == []
+
+
+def test_what_an_edge_out_of_reach_sends_users_to_is_not_stopped(lab: Lab) -> None:
+    """A deploy that cannot return that edge returns the other, and leaves what it started to the next run."""
+    names = dict(zip((release_id(archive(name)) for name in GOOD), GOOD, strict=True))
+    (current,) = releases_in_service(lab)
+    wanted = next(name for name in names if name != current)
+    apps, (first, second) = lab.group("app"), lab.group("edge")
+    was = slot_in_service(lab, apps[0])
+    with load(lab, 20) as traffic:
+        said = edge_out_of_reach(lab, names[wanted], "blue_green")
+        failed = time.time()
+        assert f"{second} may still send users to it" in said, said[-4000:]
+        for edge, slot in ((first, was), (second, "green" if was == "blue" else "blue")):
+            assert lab.ssh(edge, "cat /etc/haproxy/slot.map").stdout == f"active be_{slot}\n", edge
+        for app in apps:
+            active = lab.ssh(app, "systemctl is-active atlas-api@{blue,green}").stdout.split()
+            assert active == ["active"] * 2, (app, active)
+        time.sleep(5)
+        held = time.time()
+        step = deploy(lab, names[current], "blue_green").succeeded()
+        assert "first        undo a deploy that did not end" in step.output
+        assert releases_in_service(lab) == {current}
+        await_rest(lab)
+        time.sleep(1)
+    verdict = traffic.verdict(
+        [
+            Span(failed, held, release=current, edge=0),
+            Span(failed, held, release=wanted, edge=1),
+            Span(step.ended, time.time(), release=current),
+        ]
+    )
+    print(f"\n{verdict}")
+    assert verdict.findings == []
