@@ -76,6 +76,22 @@ def _listens(port: int) -> bool:
         return sock.connect_ex(("127.0.0.1", port)) == 0
 
 
+def test_who_leaves_is_not_ready_and_answers_everybody(
+    deployment: Deployment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(deployment.environment, "RUNTIME_DIRECTORY", str(tmp_path))
+    process, _, port = deployment.start_ready("api")
+    with deployment.client(port) as client:
+        wait_for(lambda: client.get("/readyz").status_code == 200, 20, "it is ready")
+        (tmp_path / "leaving").touch()
+        answer = client.get("/readyz")
+        assert (answer.status_code, answer.json()["checks"]["draining"]) == (503, "this process is stopping")
+        assert client.post("/v1/documents", json={"content": "late", "content_type": "text/plain"}).status_code == 202
+        (tmp_path / "leaving").unlink()
+        assert client.get("/readyz").status_code == 200
+    stop(process)
+
+
 def test_nobody_waits_for_a_client_that_does_not_hang_up(deployment: Deployment) -> None:
     process, _, port = deployment.start_ready("api")
     with deployment.client(port) as client, contextlib.ExitStack() as stack:

@@ -139,7 +139,7 @@ def play(hostvars: Mapping[str, Mapping[str, Any]] | None, name: str) -> list[st
     everyone = _takers(hostvars, plan_)
     failures = [variables["__deploy_failure"] for variables in everyone.values() if "__deploy_failure" in variables]
     touched = [host for host in plan_["hosts"] if _touched(everyone[host])]
-    if (name == "undo_hosts" and held_up(hostvars, plan_)) or (name == "undo_lead" and _taken(hostvars, plan_)):
+    if name in ("undo_hosts", "undo_lead") and _taken(hostvars, plan_):
         return []
     return deploy_plan.play_hosts(name, plan_, failures, touched)
 
@@ -175,25 +175,6 @@ def _touched(variables: Mapping[str, Any]) -> bool:
     """Tell whether a deploy has begun to change a host: the first task that does so was not skipped there."""
     results = (variables.get(name) or {"skipped": True} for name in ("__deploy_drained", "__deploy_started"))
     return not all(result.get("skipped") for result in results)
-
-
-def held_up(hostvars: Mapping[str, Mapping[str, Any]], plan_: Mapping[str, Any]) -> list[str]:
-    """Return the edges on whose account nothing that a deploy of *plan_* started may be stopped on app hosts.
-
-    They may still send traffic there, or another deploy has taken the lock and sees to it. In a rolling deploy the other
-    hosts of the same slot take over what a host that is returned does not accept.
-    """
-    known = {edge: hostvars[edge] for edge in plan_["edges"]}
-    taken = _taken(hostvars, plan_)
-    if plan_["rolling"] or plan_["first"]:
-        return taken
-    tried = any(
-        not (variables.get(name) or {"skipped": True}).get("skipped")
-        for variables in known.values()
-        for name in ("__deploy_switched", "__deploy_watched")
-    )
-    back = returned({edge: variables.get("__deploy_traffic_back") or {} for edge, variables in known.items()})
-    return [edge for edge in known if edge in taken or (tried and edge not in back)]
 
 
 def _taken(hostvars: Mapping[str, Mapping[str, Any]], plan_: Mapping[str, Any]) -> list[str]:
@@ -294,7 +275,6 @@ class FilterModule:
             "deploy_hooks_play": hooks_play,
             "deploy_told": deploy_hooks.told,
             "deploy_touched": touched,
-            "deploy_held_up": held_up,
             "deploy_all_well": all_well,
             "deploy_verdict": verdict,
             "deploy_status": status,

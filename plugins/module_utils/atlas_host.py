@@ -42,6 +42,8 @@ ALONE_SECONDS = 300.0
 """Longer than it takes to stop the services of a slot and to wait for others to be healthy."""
 JOURNAL_ENTRIES = 5000
 """A journal that is longer loses its older half when a deploy is finished."""
+LEAVE_SECONDS = 5.0
+"""An edge asks once a second and looks elsewhere after three bad answers (roles/haproxy/templates/haproxy.cfg.j2)."""
 READ_SECONDS = 1.0
 """For so long a unit that was starting may still read a directory of credentials that was replaced: it skips files that vanish."""
 HELD = Path("/var/lib/atlas-restore/unaccepted")
@@ -196,7 +198,7 @@ def parse_show(text: str) -> dict[str, dict[str, str]]:
 
 
 class Host:
-    """One app host. *root*, *state* and *boot* are parameters for tests alone."""
+    """One app host. Its places are parameters for tests alone."""
 
     def __init__(
         self,
@@ -205,8 +207,9 @@ class Host:
         boot: Path = Path("/etc/systemd/system/multi-user.target.wants"),
         command: Callable[..., Done] = run,
         marks: tuple[Path, Path] = (HELD, TRIAL),
+        runtime: Path = Path("/run/atlas"),
     ) -> None:
-        self.root, self.state, self.boot, self.run = root, state, boot, command
+        self.root, self.state, self.boot, self.run, self.runtime = root, state, boot, command, runtime
         self._held, self._trial = marks
 
     # What is there
@@ -429,7 +432,9 @@ class Host:
     def cool(self, slot: str, seconds: float) -> None:
         """Have systemd stop *slot*, which stays warm until then, in so many *seconds*, whoever is there to ask for it."""
         self.keep_warm(slot)
-        stop = ["/usr/bin/systemctl", "stop", "--no-block", *units(slot)]
+        # It leaves first: an edge that the deploy could not reach may send users here until it has looked elsewhere.
+        leave = f"/usr/bin/touch {self._leaving(slot)}; /usr/bin/sleep {LEAVE_SECONDS:g}; exec /usr/bin/systemctl stop --no-block "
+        stop = ["/bin/sh", "-c", leave + " ".join(units(slot))]
         timer = f"--unit={_cooling(slot)}", f"--on-active={seconds:g}", "--timer-property=AccuracySec=1s"
         done = self.run(["systemd-run", "--quiet", "--collect", *timer, "--", *stop])
         if done.status:
@@ -441,6 +446,17 @@ class Host:
         # A timer that elapses at this moment has started its service, whose stop of the slot must not come later.
         self.run(["systemctl", "stop", f"{_cooling(slot)}.timer", f"{_cooling(slot)}.service"])
         (self.state / f"warm-{slot}.json").unlink(missing_ok=True)
+        self._leaving(slot).unlink(missing_ok=True)
+
+    def _leaving(self, slot: str) -> Path:
+        """Return the file that makes the API of *slot* say that it is not ready; systemd removes it when that stops."""
+        return self.runtime / f"atlas-api-{slot}" / "leaving"
+
+    def leave(self, slot: str) -> None:
+        """Have the edges send no more users to *slot*, also those that nobody can reach: their health checks find it not ready."""
+        if self.active(slot) and self._leaving(slot).parent.is_dir():
+            self._leaving(slot).touch()
+            time.sleep(LEAVE_SECONDS)
 
     def warm_until(self, slot: str) -> int | None:
         """Return the Unix time at which *slot* is stopped, if that was ordered."""

@@ -60,6 +60,12 @@ options:
     description: For how long the slot that was in service stays warm after O(state=finished). 0 stops it at once.
     type: int
     default: 0
+  leave:
+    description: >-
+      Have the slot that is about to stop leave first, because an edge out of reach may still send users there: its health checks
+      find it not ready, and it looks elsewhere, for which it has 5 seconds. With O(state=undone) the other slot is up before that.
+    type: bool
+    default: false
   rolled_back:
     description: The deployment that this one takes the place of because it was not good.
     type: int
@@ -192,6 +198,8 @@ class Slot:
             if self.params["warm_seconds"] and other == was_in_service:
                 host.cool(other, self.params["warm_seconds"])
             elif host.warm_until(other) is None:
+                if self.params["leave"]:
+                    host.leave(other)
                 host.stop(other, self.params["stop_timeout"])
         # Not before the old slot stops, now or later: the next run would not see to it.
         host.end()
@@ -222,12 +230,16 @@ class Slot:
             host.end()  # killed before the first change
             return result
         details = {"deploy": was["deploy"], "deployment": was["deployment"], "slot": was["slot"], "back_to": number}
+        release = str(host.deployments().get(number, {}).get("release")) if number is not None else ""
         with host.recorded("undone", "undo", **details):
+            if self.params["leave"] and number is not None and previous != was["slot"]:
+                host.keep_warm(previous)
+                self._gate(previous, number, release)
+                host.leave(was["slot"])
             if host.slots() != slots or previous != was["slot"]:
                 host.stop(was["slot"], self.params["stop_timeout"])
                 host.point(was["slot"], slots[was["slot"]])
             if number is not None:
-                release = str(host.deployments().get(number, {}).get("release"))
                 host.keep_warm(previous)
                 result["seconds"] = self._gate(previous, number, release)
             # A run that was cut off while it enabled one and disabled the other left both for boot to start.
@@ -263,6 +275,7 @@ def main() -> None:
             "minimum_healthy": {"type": "int", "default": 3},
             "keep": {"type": "int", "default": 3},
             "warm_seconds": {"type": "int", "default": 0},
+            "leave": {"type": "bool", "default": False},
             "rolled_back": {"type": "int"},
         },
         required_if=[("state", state, needed) for state in ("started", "engaged", "finished")],

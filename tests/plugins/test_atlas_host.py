@@ -33,8 +33,8 @@ ACTIVE = {
 class Fake:
     """Stands for systemd: remembers what it was asked, keeps units and enabled targets."""
 
-    def __init__(self, boot: Path) -> None:
-        self.boot = boot
+    def __init__(self, boot: Path, runtime: Path) -> None:
+        self.boot, self.runtime = boot, runtime
         self.calls: list[list[str]] = []
         self.active: set[str] = set()
 
@@ -52,6 +52,13 @@ class Fake:
             return Done(0, "\n\n".join(blocks), "")
         if argv[:2] == ["systemctl", "stop"]:
             self.active -= set(argv[3:])
+            for mark in [
+                mark
+                for slot in atlas_host.SLOTS
+                for mark in self.marks(slot)
+                if not self.active & {*atlas_host.units(slot)}
+            ]:
+                mark.unlink()
         if argv[:2] == ["systemctl", "start"]:
             self.active |= set(argv[3:])
         if argv[:2] == ["systemctl", "enable"]:
@@ -60,12 +67,18 @@ class Fake:
             (self.boot / argv[-1]).unlink()
         return Done(0, "", "")
 
+    def marks(self, slot: str) -> list[Path]:
+        return list((self.runtime / f"atlas-api-{slot}").iterdir())
+
 
 @pytest.fixture
 def host(tmp_path: Path) -> Host:
     for name in ("opt/archives", "opt/releases", "opt/deployments", "opt/slots", "state", "boot"):
         (tmp_path / name).mkdir(parents=True)
-    return Host(tmp_path / "opt", tmp_path / "state", tmp_path / "boot", Fake(tmp_path / "boot"))
+    for slot in atlas_host.SLOTS:
+        (tmp_path / "run" / f"atlas-api-{slot}").mkdir(parents=True)
+    fake = Fake(tmp_path / "boot", tmp_path / "run")
+    return Host(tmp_path / "opt", tmp_path / "state", tmp_path / "boot", fake, runtime=tmp_path / "run")
 
 
 def deployed(host: Host, number: int, release: str = "1.0-abc") -> None:
@@ -87,7 +100,7 @@ def serving(host: Host, slot: str, number: int) -> None:
 
 def params(**other: Any) -> dict[str, Any]:
     defaults = {"host": "app1", "timeout": 5, "stop_timeout": 5, "minimum_healthy": 0, "keep": 3, "deploy": "d1"}
-    return defaults | {"warm_seconds": 0, "rolled_back": None} | other
+    return defaults | {"warm_seconds": 0, "rolled_back": None, "leave": False} | other
 
 
 @pytest.fixture
@@ -226,7 +239,8 @@ def test_the_old_slot_stays_warm_until_a_timer_of_the_host_stops_it(host: Host, 
     until = host.warm_until("blue")
     assert until is not None and 590 <= until - time.time() <= 601
     (timer,) = [call for call in host.run.calls if call[0] == "systemd-run"]  # type: ignore[attr-defined]
-    assert "--on-active=600" in timer and timer[-4:] == atlas_host.units("blue")
+    assert "--on-active=600" in timer and timer[-1].split()[-4:] == atlas_host.units("blue")
+    assert timer[-1].startswith(f"/usr/bin/touch {host.runtime}/atlas-api-blue/leaving; "), "it leaves first"
     slot.finished()
     assert host.active("blue") and host.warm_until("blue") == until, "a second call must not cool what is warm"
 
@@ -394,6 +408,62 @@ def test_undoing_a_switch_stops_the_new_slot_and_leaves_the_old(host: Host, heal
     result = atlas_slot.Slot(params(), host, False).undone()
     assert result["changed"] and host.slots() == {"blue": 1, "green": None}
     assert host.active("blue") and not host.active("green") and host.in_service() == "blue"
+
+
+@pytest.fixture
+def leaving(host: Host, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
+    """For each wait for edges to look elsewhere: which slot was leaving, and which slots were up."""
+    seen: list[tuple[str, list[str]]] = []
+
+    def wait(seconds: float) -> None:
+        assert seconds == atlas_host.LEAVE_SECONDS
+        (slot,) = [slot for slot in atlas_host.SLOTS if host.run.marks(slot)]  # type: ignore[attr-defined]
+        seen.append((slot, [slot for slot in atlas_host.SLOTS if host.active(slot)]))
+
+    monkeypatch.setattr(atlas_host.time, "sleep", wait)
+    return seen
+
+
+def test_the_new_slot_leaves_before_it_is_stopped_where_an_edge_is_out_of_reach(
+    host: Host, healthy: None, leaving: list[tuple[str, list[str]]]
+) -> None:
+    """The slot that such an edge falls back to is up by then, whatever had become of it."""
+    serving(host, "blue", 1)
+    deployed(host, 2)
+    atlas_slot.Slot(params(slot="green", number=2, release="1.0-abc"), host, False).started()
+    host.stop("blue", 5)
+    assert atlas_slot.Slot(params(leave=True), host, False).undone()["number"] == 1
+    assert leaving == [("green", ["blue", "green"])]
+    assert host.active("blue") and not host.active("green")
+
+
+def test_an_undone_rolling_step_does_not_leave_because_its_edges_have_drained_it(
+    host: Host, healthy: None, leaving: list[tuple[str, list[str]]]
+) -> None:
+    serving(host, "blue", 1)
+    deployed(host, 2)
+    atlas_slot.Slot(params(slot="blue", number=2, release="1.0-abc"), host, False).started()
+    atlas_slot.Slot(params(leave=True), host, False).undone()
+    assert leaving == [] and host.slots()["blue"] == 1
+
+
+@pytest.mark.parametrize("leave", [True, False])
+def test_the_old_slot_leaves_before_it_is_stopped_where_an_edge_is_out_of_reach(
+    host: Host, healthy: None, leaving: list[tuple[str, list[str]]], leave: bool
+) -> None:
+    serving(host, "blue", 1)
+    deployed(host, 2)
+    slot = atlas_slot.Slot(params(slot="green", number=2, release="1.0-abc", leave=leave), host, False)
+    slot.started()
+    slot.finished()
+    assert leaving == ([("blue", ["blue", "green"])] if leave else [])
+    assert host.in_service() == "green" and not host.active("blue")
+
+
+def test_a_slot_that_was_leaving_serves_again_when_it_is_kept(host: Host) -> None:
+    (mark := host.runtime / "atlas-api-blue" / "leaving").touch()
+    host.keep_warm("blue")
+    assert not mark.exists()
 
 
 def test_undoing_a_rolling_step_brings_the_old_deployment_back(host: Host, healthy: None) -> None:

@@ -118,47 +118,27 @@ def test_what_was_touched_goes_back_and_nothing_else(name: str) -> None:
     assert deploy.play(fleet, "undo_hosts") == ["app1"] == deploy.touched(fleet, ["app1", "app2"])
 
 
+@pytest.mark.parametrize("rolling", [True, False])
 @pytest.mark.parametrize(
-    ("edge", "rolling", "hosts"),
+    ("relocked", "is_taken"),
     [
-        ({}, False, ["app2", "app1"]),
-        ({"__deploy_switched": {"skipped": True}}, False, ["app2", "app1"]),
-        ({"__deploy_switched": {"changed": True}, "__deploy_traffic_back": {"changed": True}}, False, ["app2", "app1"]),
-        ({"__deploy_switched": {"changed": True}, "__deploy_traffic_back": {"unreachable": True}}, False, []),
-        ({"__deploy_watched": {"unreachable": True}, "__deploy_traffic_back": {"failed": True}}, False, []),
-        ({"__deploy_switched": {"unreachable": True}}, False, []),
-        ({"__deploy_relocked": {"failed": True, "taken": True}}, True, []),
-        ({"__deploy_relocked": {"failed": True, "taken": True}}, False, []),
-        ({"__deploy_relocked": {"failed": True}}, True, ["app2", "app1"]),
-        ({"__deploy_relocked": {"unreachable": True}}, True, ["app2", "app1"]),
+        ({"changed": True}, False),
+        ({"failed": True, "taken": True}, True),
+        ({"failed": True}, False),
+        ({"unreachable": True}, False),
     ],
-    ids=[
-        "untried",
-        "skipped",
-        "back",
-        "gone after the switch",
-        "refuses",
-        "gone in the switch",
-        "taken, rolling",
-        "taken",
-        "disk full",
-        "edge gone",
-    ],
+    ids=["free", "taken", "disk full", "edge gone"],
 )
-def test_what_an_edge_may_still_send_traffic_to_is_not_stopped(
-    edge: dict[str, Any], rolling: bool, hosts: list[str]
+def test_nothing_is_undone_once_another_deploy_has_had_the_lock(
+    rolling: bool, relocked: dict[str, Any], is_taken: bool
 ) -> None:
     failed = {"host": "app1", "phase": "verify", "message": "", "log": []}
     app = {"__deploy_started": {"changed": True}, "__deploy_plan": PLAN | {"rolling": rolling}}
-    fleet = variables(
-        edge1=edge | {"__deploy_failure": failed, "__deploy_plan": app["__deploy_plan"]}, app1=app, app2=app
-    )
-    assert deploy.play(fleet, "undo_hosts") == hosts
+    edge = {"__deploy_failure": failed, "__deploy_plan": app["__deploy_plan"], "__deploy_relocked": relocked}
+    fleet = variables(edge1=edge, app1=app, app2=app)
     assert deploy.play(fleet, "undo_lock") == ["edge1"]
-    taken = edge.get("__deploy_relocked", {}).get("taken", False)
-    assert deploy.play(fleet, "undo_lead") == ([] if taken else ["app2"]), (
-        "nor are the other deploy's workers dismissed"
-    )
+    assert deploy.play(fleet, "undo_hosts") == ([] if is_taken else ["app2", "app1"])
+    assert deploy.play(fleet, "undo_lead") == ([] if is_taken else ["app2"]), "nor are its workers dismissed"
 
 
 def test_all_of_a_batch_have_to_be_well() -> None:

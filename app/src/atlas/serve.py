@@ -15,6 +15,7 @@ import selectors
 import socket
 import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -220,9 +221,15 @@ class Application(BaseApplication):  # type: ignore[misc]
         ServiceArbiter(self).run()
 
 
+def is_leaving() -> bool:
+    """Whether users are to go elsewhere (a file in the unit's runtime directory says so) while every request is still answered."""
+    directory = os.environ.get("RUNTIME_DIRECTORY")
+    return directory is not None and Path(directory, "leaving").exists()
+
+
 def _worker_begins(worker: Worker) -> None:
     shared = worker.wsgi.extensions["atlas"]
-    shared.draining = lambda: not worker.alive
+    shared.draining = lambda: not worker.alive or is_leaving()
     shared.pulse.start()
 
 
