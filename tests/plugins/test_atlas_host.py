@@ -420,7 +420,7 @@ def leaving(host: Host, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list
         (slot,) = [slot for slot in atlas_host.SLOTS if host.run.marks(slot)]  # type: ignore[attr-defined]
         seen.append((slot, [slot for slot in atlas_host.SLOTS if host.active(slot)]))
 
-    monkeypatch.setattr(atlas_host.time, "sleep", wait)
+    monkeypatch.setattr(time, "sleep", wait)
     return seen
 
 
@@ -461,6 +461,7 @@ def test_the_old_slot_leaves_before_it_is_stopped_where_an_edge_is_out_of_reach(
 
 
 def test_a_slot_that_was_leaving_serves_again_when_it_is_kept(host: Host) -> None:
+    serving(host, "blue", 1)
     (mark := host.runtime / "atlas-api-blue" / "leaving").touch()
     host.keep_warm("blue")
     assert not mark.exists()

@@ -222,7 +222,7 @@ class Application(BaseApplication):  # type: ignore[misc]
 
 
 def is_leaving() -> bool:
-    """Whether users are to go elsewhere (a file in the unit's runtime directory says so) while every request is still answered."""
+    """Whether users are to go elsewhere, by a file in the unit's runtime directory; every request is still answered."""
     directory = os.environ.get("RUNTIME_DIRECTORY")
     return directory is not None and Path(directory, "leaving").exists()
 
