@@ -43,7 +43,8 @@ PIECE_BYTES = 1 << 20
 PAGE_BYTES = 8192
 SEGMENT_BYTES = 16 << 20
 REBUILD = f"On the backup host, as its user: barman -c {BARMAN_CONFIG} rebuild-xlogdb {SERVER}"
-_LOG = re.compile(r"[0-9A-F]{24}(\.partial)?|[0-9A-F]{8}\.history")
+_SEGMENT = re.compile(r"[0-9A-F]{24}(\.partial)?")
+_LOG = re.compile(rf"{_SEGMENT.pattern}|[0-9A-F]{{8}}\.history")
 
 
 class Wal:
@@ -122,8 +123,8 @@ class Wal:
         self.barman("retention", "delete", SERVER, name)
 
     def forget(self, before: float) -> None:
-        """Remove what was half received and ended *before* that Unix time, from when on no base backup needs it."""
-        for path in (self.home / "past").glob("*.partial"):
+        """Remove what was left of the past and ended *before* that Unix time, from when on no base backup needs it."""
+        for path in (self.home / "past").iterdir() if (self.home / "past").is_dir() else ():
             if path.stat().st_mtime < before:
                 path.unlink()
 
@@ -189,6 +190,8 @@ class Wal:
         statement = "SELECT extract(epoch FROM clock_timestamp()), lsn, pg_walfile_name(lsn)"
         at, lsn, segment = self.sql(f"{statement} FROM pg_create_restore_point('{name}') AS lsn")
         self.sql("SELECT pg_switch_wal()")
+        # Barman leaves the newest segment alone until the next one has begun: in a quiet database with this.
+        self.sql("SELECT pg_current_xact_id()")
         deadline = time.monotonic() + patience
         while not self._has(segment):
             if time.monotonic() > deadline:
@@ -198,7 +201,6 @@ class Wal:
                 )
             time.sleep(0.1)
         arrived = time.time()
-        # Barman leaves the newest segment alone until the next one has begun.
         kept = self.home / "wals" / segment[:16] / segment
         while not kept.exists():
             self.barman("putting the log in order", "archive-wal", SERVER)
@@ -281,19 +283,29 @@ class Wal:
         self.barman("restoring", "recover", *options, SERVER, base, str(target))
         log = target / "barman_wal"
         log.mkdir(exist_ok=True)
-        for path in [*(self.home / "past").glob("*.partial"), *(self.home / "streaming").glob("*.partial")]:
-            # The segment that is being received, or that was when a restore ended its past: PostgreSQL stops reading where it ends.
+        for path in [*self._waiting("past"), *self._waiting("streaming")]:
+            # What Barman has not put in order: the segment that is being received and perhaps the one before, or those that were when a
+            # restore ended their past. PostgreSQL stops reading where they end.
             whole = log / path.name.removesuffix(".partial")
             if not whole.exists() and path.stat().st_size:
                 shutil.copyfile(path, whole)
         if "name" not in to:
             _say_how_far(target, to)
 
+    def _waiting(self, directory: str) -> list[Path]:
+        """Return the segments in *directory* of the repository, whole ones first."""
+        found = [path for path in (self.home / directory).glob("*") if _SEGMENT.fullmatch(path.name)]
+        return sorted(found, key=lambda path: path.suffix)
+
     def restart(self) -> None:
-        """Take up the log of a database that was restored: what was half received belongs to another past, and is kept with it."""
+        """Take up the log of a database that was restored. What there is still belongs to another past, and is kept with it.
+
+        The receiver goes on behind the last segment that it finds, and a restored database may not have come so far.
+        """
+        self.barman("putting the log in order", "archive-wal", SERVER)
         past = self.home / "past"
         past.mkdir(mode=0o700, exist_ok=True)
-        for path in (self.home / "streaming").glob("*.partial"):
+        for path in self._waiting("streaming"):
             path.replace(past / path.name)
         deadline = time.monotonic() + ARRIVAL_SECONDS
         while True:

@@ -288,22 +288,24 @@ class Replicated(Recorded):
         return {**super().fetch(source), "deployed": {"release": "r", "deployment": self.deployment}}
 
 
-def test_what_was_half_received_is_kept_with_the_past_that_a_restore_ended(tmp_path: Path) -> None:
+def test_what_was_not_yet_in_order_is_kept_with_the_past_that_a_restore_ended(tmp_path: Path) -> None:
     """The last seconds of that past are in it alone: whoever restored to the wrong moment wants them back."""
     log = Log(tmp_path)
     log.barman = lambda *_: ""  # type: ignore[method-assign]
-    old, new = "000000010000000000000005", "000000020000000000000004"
+    whole, old, new = "000000010000000000000004", "000000010000000000000005", "000000020000000000000004"
     streaming, target = log.home / "streaming", tmp_path / "target"
     streaming.mkdir()
+    (streaming / whole).write_text("the one before")
     (streaming / f"{old}.partial").write_text("the last seconds")
     log.restart()
     assert list(streaming.iterdir()) == [], "the receiver would go on from there"
     (streaming / f"{new}.partial").touch()  # as the receiver leaves it until the first byte comes
     target.mkdir()
     log.recover("base", target, {"time": 1.0})
-    assert {path.name: path.read_text() for path in (target / "barman_wal").iterdir()} == {old: "the last seconds"}
+    kept = {path.name: path.read_text() for path in (target / "barman_wal").iterdir()}
+    assert kept == {whole: "the one before", old: "the last seconds"}
     log.forget(time.time() - 60)
-    assert len(list((log.home / "past").iterdir())) == 1
+    assert len(list((log.home / "past").iterdir())) == 2
     log.forget(time.time() + 60)
     assert list((log.home / "past").iterdir()) == []
 

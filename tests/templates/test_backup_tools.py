@@ -99,6 +99,53 @@ for name, to in (("quiet", {{"time": at, "timeline": 1}}), ("newest", {{}})):
     found[name] = backups._judge(scratch, {{"deployed": {{}}}}, False, to.get("time"))["rows"]
 print(json.dumps(found))
 """
+OPENING = f"""
+import json, sys, time
+from pathlib import Path
+sys.path.insert(0, {ROOT!r})
+from ansible.module_utils.backup_wal import Wal
+
+home = Path({HOME!r})
+wal = Wal({{"address": "here"}}, home)
+"""
+MISTAKE = f"""{OPENING}
+wal.base_backup(at_once=True)
+at = int(time.time()) + 1
+time.sleep(2.1)
+wal.sql("CREATE TABLE mistake AS SELECT generate_series(1, 1500000) AS number")
+wal.catch_up()
+wal.recover(max(wal.bases()), home / "before", {{"time": at, "timeline": 1}})
+for number in range(3):
+    last = wal.sql(f"INSERT INTO mistake VALUES ({{number}}) RETURNING pg_walfile_name(pg_current_wal_insert_lsn())")[0]
+    wal.sql("SELECT pg_switch_wal()")
+while not wal._has(last):
+    time.sleep(0.1)
+print(json.dumps({{"at": at, "last": last, "whole": sorted(path.name for path in (wal.home / "streaming").glob("?" * 24))}}))
+"""
+EXCHANGE = f"""
+set -e
+pkill -u atlas-backup 'barman|pg_receivewal'
+bin=$(ls -d /usr/lib/postgresql/*/bin)
+cd /tmp
+runuser -u postgres -- $bin/pg_ctl -D /tmp/db -w -m fast stop > /dev/null
+while pgrep -u atlas-backup -r D,R,S 'barman|pg_receivewal'; do sleep 0.1; done
+rm -rf /tmp/db
+mv {HOME}/before /tmp/db
+chown -R postgres /tmp/db
+chmod 700 /tmp/db
+runuser -u postgres -- $bin/pg_ctl -D /tmp/db -w -l /tmp/log -o "-k /tmp -c listen_addresses= -c fsync=off" start > /dev/null || {{ cat /tmp/log; exit 1; }}
+"""
+TAKE_UP = f"""{OPENING}
+wal.restart()
+print(json.dumps({{"left": [path.name for path in (wal.home / "streaming").glob("?" * 24)]}}))
+"""
+GO_ON = f"""{OPENING}
+mark = wal.mark(10)
+wal.base_backup(at_once=True)
+wal.recover(min(wal.bases()), home / "after", {{"time": time.time(), "timeline": 1}})
+log = home / "after" / "barman_wal"
+print(json.dumps({{"timeline": mark["timeline"], "bases": len(wal.bases()), "past": sorted(path.name for path in log.glob("00000001*"))}}))
+"""
 READ = f"""
 import json, os, sys
 from pathlib import Path
@@ -166,6 +213,19 @@ def test_the_log_is_read_by_the_list_that_barman_keeps(host: Container) -> None:
     assert f"damaged repository ({oldest} is not in Barman's list." in found["unlisted"]
     # A moment after the last commit is the end of the log.
     assert answer(host, AS_USER, RESTORE) == {"quiet": 1, "newest": 1}
+
+
+def test_the_log_goes_on_after_a_restore_to_before_much_of_it(host: Container) -> None:
+    """The receiver would go on behind the last whole segment that it finds, where the restored database has not come to yet."""
+    before = answer(host, AS_USER, MISTAKE)
+    assert before["whole"], "nothing whole was waiting to be put in order"
+    done = host.shell(EXCHANGE)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert answer(host, AS_USER, TAKE_UP) == {"left": []}
+    assert host.shell(RECEIVE).returncode == 0
+    after = answer(host, AS_USER, GO_ON)
+    assert after["timeline"] == 2 and after["bases"] == 3
+    assert before["last"] in after["past"], "whoever restored to the wrong moment wants the rest of that past"
 
 
 def test_the_parts_that_restic_reads_are_together_all_of_the_repository(host: Container) -> None:
