@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
 import time
 
 import pytest
-from interruptions import await_rest, edge_out_of_reach, lost_edge
-from labtest import Lab, slot_in_service
-from prooftest import GOOD, archive, deploy, load, release_id, releases_in_service, wait_until
+from interruptions import await_rest, edge_out_of_reach, lost_edge, severable
+from labtest import PROJECT, Lab, slot_in_service
+from prooftest import GOOD, archive, deploy, deploy_command, load, release_id, releases_in_service, wait_until
 
 from tests.load.verdict import Span
 
@@ -62,5 +63,37 @@ def test_users_of_an_edge_out_of_reach_are_sent_back_too(lab: Lab) -> None:
         await_rest(lab)
         time.sleep(1)
     verdict = traffic.verdict([Span(failed, held, release=current), Span(step.ended, time.time(), release=current)])
+    print(f"\n{verdict}")
+    assert verdict.findings == []
+
+
+def test_users_of_an_edge_that_a_deploy_goes_without_move_when_the_old_slot_leaves(lab: Lab) -> None:
+    """With a quorum of edges a deploy goes on without one; what it does not reach still serves users, from the slot that is to stop."""
+    names = dict(zip((release_id(archive(name)) for name in GOOD), GOOD, strict=True))
+    (current,) = releases_in_service(lab)
+    wanted = next(name for name in names if name != current)
+    apps, second = lab.group("app"), lab.group("edge")[1]
+    was = slot_in_service(lab, apps[0])
+    with severable(lab.hosts[second]) as (folder, own), load(lab, 30) as traffic:
+        (folder / "cut").touch()
+        command = [
+            *deploy_command(lab, names[wanted], "blue_green"),
+            "-e",
+            "deploy_edge_quorum=1",
+            "-e",
+            "deploy_warm_seconds=5",
+        ]
+        done = subprocess.run(command, cwd=PROJECT, env={**lab.for_playbooks(), **own}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-4000:]
+        assert lab.ssh(second, "cat /etc/haproxy/slot.map").stdout == f"active be_{was}\n"
+        look = f"systemctl is-active --quiet atlas-api@{was}"
+        wait_until(lambda: all(lab.ssh(app, look).returncode for app in apps), 60, "the old slot has stopped")
+        stopped = time.time()
+        time.sleep(5)
+        deploy(lab, names[wanted], "blue_green").succeeded()
+        assert lab.ssh(second, "cat /etc/haproxy/slot.map").stdout != f"active be_{was}\n"
+        await_rest(lab)
+        time.sleep(1)
+    verdict = traffic.verdict([Span(stopped, time.time(), release=wanted)])
     print(f"\n{verdict}")
     assert verdict.findings == []
