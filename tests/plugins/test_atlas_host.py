@@ -52,13 +52,10 @@ class Fake:
             return Done(0, "\n\n".join(blocks), "")
         if argv[:2] == ["systemctl", "stop"]:
             self.active -= set(argv[3:])
-            for mark in [
-                mark
-                for slot in atlas_host.SLOTS
-                for mark in self.marks(slot)
-                if not self.active & {*atlas_host.units(slot)}
-            ]:
-                mark.unlink()
+            # A runtime directory goes with its service.
+            for slot in atlas_host.SLOTS:
+                for mark in self.marks(slot) if self.active.isdisjoint(atlas_host.units(slot)) else []:
+                    mark.unlink()
         if argv[:2] == ["systemctl", "start"]:
             self.active |= set(argv[3:])
         if argv[:2] == ["systemctl", "enable"]:
