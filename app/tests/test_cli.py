@@ -97,6 +97,18 @@ def test_config_check_names_every_finding(deployment: Deployment) -> None:
     ]
 
 
+def test_config_check_reads_several_files_in_one_process(deployment: Deployment) -> None:
+    good = deployment.directory / "settings.yaml"
+    bad = deployment.directory / "bad.yaml"
+    bad.write_text(good.read_text() + "api_threads: none\n")
+    done = deployment.command("config", "check", "--json", str(good), str(bad), str(good))
+    found = json.loads(done.stdout)
+    assert done.returncode == 2 and [each["valid"] for each in found] == [True, False, True]
+    assert found[1]["source"] == "bad.yaml" and found[1]["findings"][0].startswith("api_threads: ")
+    assert deployment.command("config", "check", str(good), str(good)).returncode == 0
+    assert deployment.command("config", "check", str(good), str(bad)).stderr.startswith("bad.yaml: api_threads: ")
+
+
 @pytest.mark.parametrize(
     ("setting", "code", "expected"),
     [

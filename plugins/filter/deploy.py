@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import subprocess
@@ -82,6 +83,11 @@ def release_file(
         "digest": digest,
         "schema": manifest["schema"],
     }
+
+
+def release_head(path: str) -> str:
+    """Return the beginning of the release archive at *path* in base64: all of it but its dependencies, see release_on_host."""
+    return base64.b64encode(release.head(Path(path))).decode()
 
 
 def settings_checked(
@@ -264,6 +270,7 @@ class FilterModule:
         """Return the filters by name."""
         return {
             "release_file": release_file,
+            "release_head": release_head,
             "settings_checked": settings_checked,
             "deploy_plan": plan,
             "deploy_asks_schema": deploy_plan.asks_schema,

@@ -596,6 +596,7 @@ class Host:
         first: dict[str, int] = {}
         processes: list[str] = []
         while True:
+            looked = time.monotonic()
             shown = self.show(units(gate.slot))
             before, processes = processes, [shown.get(name, {}).get("MainPID", "0") for name in units(gate.slot)]
             fault = gate.quick_fault(shown)
@@ -614,7 +615,8 @@ class Host:
             if time.monotonic() > deadline:
                 guilty, message = fault or (unit("api", gate.slot), "its processes do not stay the same")
                 raise HostError(f"{guilty}: {message}; not healthy within {timeout:g} s.", self.log(guilty, began))
-            time.sleep(POLL_SECONDS)
+            # Four services start meanwhile, and looking must not slow them down: where it takes long, it happens less often.
+            time.sleep(max(POLL_SECONDS, 5 * (time.monotonic() - looked)))
 
     def look_after(self, gate: Gate, processes: Mapping[str, str], began: float) -> None:
         """Raise :class:`HostError` if a unit of *gate*'s slot is not active with the *processes* that it had."""

@@ -19,7 +19,9 @@ import sys
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -134,6 +136,47 @@ def _refuse_unsafe(archive: Path, info: tarfile.TarInfo, seen: set[str]) -> None
     if info.name in seen:
         raise ReleaseError(f"{archive}: entry {info.name!r} occurs twice. {remedy}")
     seen.add(info.name)
+
+
+def head(archive: Path) -> bytes:
+    """Return the beginning of *archive*: manifest and the project's own files, one gzip member each. Dependencies follow."""
+    found = b""
+    with archive.open("rb") as file:
+        for _ in range(2):
+            member = zlib.decompressobj(16 + zlib.MAX_WBITS)
+            file.seek(len(found))
+            while not member.eof:
+                block = file.read(_BLOCK)
+                try:
+                    member.decompress(block)
+                except zlib.error:
+                    block = b""
+                if not block:
+                    raise ReleaseError(f"{archive}: the archive is truncated or damaged. Build it again: make release.")
+                found += block[: len(block) - len(member.unused_data)]
+    return found
+
+
+def complete(beginning: bytes, digest: str, target: Path) -> bool:
+    """Write the archive with the SHA-256 *digest*, whose head is *beginning*, to *target*; tell whether that could be done.
+
+    What follows the head, the dependencies, is taken from an archive beside *target* that goes on with the very same bytes.
+    """
+    for donor in sorted(target.parent.glob("[!.]*.tar.gz"), key=lambda path: path.stat().st_mtime, reverse=True):
+        try:
+            start = len(head(donor))
+        except ReleaseError:
+            continue
+        with donor.open("rb") as file:
+            file.seek(start)
+            whole = hashlib.sha256(beginning)
+            while block := file.read(_BLOCK):
+                whole.update(block)
+            if whole.hexdigest() == digest:
+                file.seek(start)
+                _write_durably(target, chain([beginning], iter(partial(file.read, _BLOCK), b"")))
+                return True
+    return False
 
 
 def read_manifest(archive: Path) -> dict[str, Any]:
@@ -339,20 +382,20 @@ def unpack(archive: Path, manifest: Mapping[str, Any], python: str, directory: P
     Work happens in a hidden neighbour, which replaces *directory* by a rename once all of it is on disk. A neighbour that
     an interrupted run left is removed first. Dependencies that another release there has too are linked from it.
     """
-    partial = directory.with_name(f".{directory.name}.partial")
+    unfinished = directory.with_name(f".{directory.name}.partial")
     tree = f"python{python}"
-    shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        if _write_linked(archive, manifest, tree, partial, directory):
-            _compile(partial / tree / PACKAGE, directory / tree / PACKAGE)
+        if _write_linked(archive, manifest, tree, unfinished, directory):
+            _compile(unfinished / tree / PACKAGE, directory / tree / PACKAGE)
         else:
-            shutil.rmtree(partial, ignore_errors=True)
-            check_digests(_write(archive, python, partial), manifest, archive)
-            _compile(partial / tree, directory / tree)
-        _sync(partial)
-        _replace(partial, directory)
+            shutil.rmtree(unfinished, ignore_errors=True)
+            check_digests(_write(archive, python, unfinished), manifest, archive)
+            _compile(unfinished / tree, directory / tree)
+        _sync(unfinished)
+        _replace(unfinished, directory)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
         raise
 
 
@@ -459,25 +502,35 @@ def _sync(directory: Path) -> None:
         os.close(handle)
 
 
-def _replace(partial: Path, directory: Path) -> None:
+def _replace(unfinished: Path, directory: Path) -> None:
     damaged = directory.with_name(f".{directory.name}.damaged")
     shutil.rmtree(damaged, ignore_errors=True)
     if directory.exists():
         directory.rename(damaged)
-    partial.rename(directory)
+    unfinished.rename(directory)
     sync_directory(directory.parent)
     shutil.rmtree(damaged, ignore_errors=True)
 
 
 def keep(source: Path, target: Path) -> None:
     """Copy *source* to *target* so that *target* is whole or absent, even after a power cut."""
-    partial = target.with_name(f".{target.name}.partial")
-    with source.open("rb") as reader, partial.open("wb") as writer:
-        shutil.copyfileobj(reader, writer, _BLOCK)
-        os.fchmod(writer.fileno(), 0o644)
-        writer.flush()
-        os.fsync(writer.fileno())
-    partial.rename(target)
+    with source.open("rb") as reader:
+        _write_durably(target, iter(partial(reader.read, _BLOCK), b""))
+
+
+def _write_durably(target: Path, blocks: Iterable[bytes]) -> None:
+    unfinished = target.with_name(f".{target.name}.partial")
+    try:
+        with unfinished.open("wb") as writer:
+            for block in blocks:
+                writer.write(block)
+            os.fchmod(writer.fileno(), 0o644)
+            writer.flush()
+            os.fsync(writer.fileno())
+        unfinished.rename(target)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)  # of a disk that is full, this may be what fills it
+        raise
     sync_directory(target.parent)
 
 

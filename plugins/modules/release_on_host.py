@@ -13,6 +13,8 @@ description:
     whole or not at all; what an interrupted run left is removed.
   - Keeps the archive and its signature under C(ROOT/archives/), from where they can be fetched and verified again.
   - Does nothing when the release is there and intact. One that was damaged is replaced.
+  - With O(head), an archive that is not on the host is made there, from its head and the dependencies of another archive that
+    is. They are nine tenths of a release, and change seldom. Digest and signature are those of the whole, as ever.
 options:
   archive:
     description:
@@ -31,6 +33,12 @@ options:
     description: The archive's expected SHA-256, in hex.
     type: str
     required: true
+  head:
+    description: The archive's beginning in base64, as the filter P(release_head#filter) gives it.
+    type: str
+  signature_text:
+    description: What the file O(signature) has to hold; goes with O(head).
+    type: str
   root:
     description: Directory that holds C(archives/) and C(releases/).
     type: path
@@ -53,6 +61,10 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
+incomplete:
+  description: Whether the archive has to be copied to the host, because nothing there completes O(head). All else is missing then.
+  type: bool
+  returned: with O(head)
 release_id:
   description: Name of the release, C(VERSION-DIGEST[:12]); null in check mode when the archive is not on the host.
   type: str
@@ -74,13 +86,15 @@ manifest:
   returned: success
 """
 
+import base64
 import errno
 import platform
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from ansible.module_utils.atlas_host import Host, HostError
+from ansible.module_utils.atlas_host import Host, HostError, write_atomically
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.release import (
     ReleaseError,
@@ -88,6 +102,8 @@ from ansible.module_utils.release import (
     check_python,
     check_signature,
     check_space,
+    complete,
+    file_digest,
     is_intact,
     keep,
     read_manifest,
@@ -112,6 +128,8 @@ def run(module: AnsibleModule) -> dict[str, Any]:
             "diff": difference([archive]),
         }
 
+    if parameters["head"] is not None and not module.check_mode and not made(archive, signature, parameters):
+        return {"changed": False, "incomplete": True}
     check_digest(archive, digest)
     check_signature(archive, signature, parameters["allowed_signers"])
     manifest = read_manifest(archive)
@@ -143,6 +161,16 @@ def run(module: AnsibleModule) -> dict[str, Any]:
     return result | {"diff": difference(missing)}
 
 
+def made(archive: Path, signature: Path, parameters: Mapping[str, Any]) -> bool:
+    """Tell whether *archive* is on the host, having made it with its *signature* from what is there if it was not."""
+    make_directory(archive.parent)
+    if not signature.exists() or signature.read_text() != parameters["signature_text"]:
+        write_atomically(signature, parameters["signature_text"])
+    if archive.exists() and file_digest(archive) == parameters["digest"]:
+        return True
+    return complete(base64.b64decode(parameters["head"]), parameters["digest"], archive)
+
+
 def locate(archive: Path, signature: Path, root: Path, digest: str) -> tuple[Path, Path]:
     """Return *archive* and *signature*, or the pair that is kept under *root* where *archive* does not exist."""
     kept = sorted((root / "archives").glob(f"*-{digest[:12]}.tar.gz"))
@@ -171,8 +199,11 @@ def main() -> None:
             "signature": {"type": "path", "required": True},
             "allowed_signers": {"type": "str", "required": True},
             "digest": {"type": "str", "required": True},
+            "head": {"type": "str", "no_log": True},  # no secret, but long: no result repeats it
+            "signature_text": {"type": "str"},
             "root": {"type": "path", "default": "/opt/atlas"},
         },
+        required_together=[("head", "signature_text")],
         supports_check_mode=True,
     )
     root = Path(module.params["root"])

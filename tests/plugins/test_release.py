@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import io
 import json
@@ -232,6 +233,75 @@ def test_what_cannot_be_linked_is_unpacked(tmp_path: Path, run: Run, root: Path,
     run(second)
     made = root / "releases" / second.name / TREE / "other" / "__init__.py"
     assert made.read_bytes() == b"x = 1\n" and made.stat().st_ino != planted.stat().st_ino
+
+
+def sent_head(it: Signed, root: Path) -> tuple[Signed, dict[str, str]]:
+    """Return *it* as a host knows it that was sent no more than its head, and the module's parameters for that."""
+    there = root / "archives" / f"{it.name}.tar.gz"
+    parameters = {
+        "head": base64.b64encode(release.head(it.archive)).decode(),
+        "signature_text": it.signature.read_text(),
+        "digest": it.digest,
+    }
+    return Signed(there, there.with_name(f"{there.name}.sig"), it.signers), parameters
+
+
+def test_dependencies_that_the_host_has_are_not_sent(tmp_path: Path, run: Run, root: Path) -> None:
+    first, second = with_dependency(tmp_path / "a", b"one = 1\n"), with_dependency(tmp_path / "b", b"two = 2\n")
+    run(first)
+    there, parameters = sent_head(second, root)
+    result = run(there, **parameters)
+    assert result["changed"] is True and "incomplete" not in result
+    assert there.archive.read_bytes() == second.archive.read_bytes()
+    assert there.signature.read_bytes() == second.signature.read_bytes()
+    assert (root / "releases" / second.name / TREE / "atlas/cli.py").read_bytes() == b"two = 2\n"
+    assert run(there, **parameters)["changed"] is False
+
+
+@pytest.mark.parametrize("damage", ["archive", "signature"])
+def test_what_a_run_that_was_cut_off_left_is_made_again(tmp_path: Path, run: Run, root: Path, damage: str) -> None:
+    first, second = with_dependency(tmp_path / "a", b"one = 1\n"), with_dependency(tmp_path / "b", b"two = 2\n")
+    run(first)
+    there, parameters = sent_head(second, root)
+    whole = second.archive.read_bytes()
+    there.archive.write_bytes(whole if damage == "signature" else whole[:-5])
+    there.signature.write_text("" if damage == "signature" else parameters["signature_text"])
+    assert run(there, **parameters)["changed"] is True
+    assert there.archive.read_bytes() == whole and there.signature.read_bytes() == second.signature.read_bytes()
+
+
+@pytest.mark.parametrize("why", ["first release", "other dependencies", "damaged"])
+def test_dependencies_that_the_host_lacks_are_asked_for(tmp_path: Path, run: Run, root: Path, why: str) -> None:
+    second = with_dependency(tmp_path / "b", b"two = 2\n")
+    if why != "first release":
+        dependency = b"x = 2\n" if why == "other dependencies" else b"x = 1\n"
+        first = with_dependency(tmp_path / "a", b"one = 1\n", dependency)
+        run(first)
+    if why == "damaged":
+        flip(root / "archives" / f"{first.name}.tar.gz")
+    there, parameters = sent_head(second, root)
+    result = run(there, **parameters)
+    assert (result["changed"], result["incomplete"]) == (False, True)
+    assert not there.archive.exists() and not (root / "releases" / second.name).exists()
+    there.archive.write_bytes(second.archive.read_bytes())
+    assert run(there, digest=parameters["digest"])["changed"] is True
+
+
+def test_a_disk_that_fills_up_keeps_no_half_archive(
+    tmp_path: Path, run: Run, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(with_dependency(tmp_path / "a", b"one = 1\n"))
+    there, parameters = sent_head(with_dependency(tmp_path / "b", b"two = 2\n"), root)
+    fsync = os.fsync
+
+    def full(handle: int) -> None:
+        if "tar.gz.partial" in os.readlink(f"/proc/self/fd/{handle}"):
+            raise OSError(28, "No space left on device", str(root))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert "the disk is full" in run(there, **parameters)["msg"]
+    assert not list((root / "archives").glob(".*"))
 
 
 @pytest.mark.parametrize("damage", ["changed", "removed", "added", "linked"])

@@ -57,7 +57,7 @@ def inventory(tmp_path: Path) -> Path:
 
 
 def test_good_settings_pass(command: Path) -> None:
-    assert settings_check.ask(command, GOOD) == []
+    assert settings_check.ask(command, [GOOD, GOOD | {"host": "app2"}]) == [[], []]
 
 
 def test_unknown_wrong_and_contradicting_settings_are_named_with_file_and_line(command: Path, inventory: Path) -> None:
@@ -94,8 +94,8 @@ def test_a_release_is_asked_once_of_settings_that_it_is_content_with(
     asked: list[str] = []
     ask = settings_check.ask
 
-    def counted(command: Path, settings: dict[str, Any]) -> list[str]:
-        asked.append(settings["host"])
+    def counted(command: Path, settings: list[dict[str, Any]]) -> list[list[str]]:
+        asked.extend(each["host"] for each in settings)
         return ask(command, settings)
 
     monkeypatch.setattr(settings_check, "ask", counted)
@@ -122,16 +122,18 @@ def test_of_several_places_the_one_with_the_value_is_named(inventory: Path, valu
 
 
 def test_a_release_is_unpacked_once_and_asked(tmp_path: Path) -> None:
-    body = b"import os\ndef main():\n    print('{\"findings\": [\"queue_limit: ' + open(os.environ['ATLAS_SETTINGS']).read()[2:4] + '\"]}')\n"
+    body = b"import sys\ndef main():\n    print('[{\"findings\": [\"queue_limit: ' + open(sys.argv[-1]).read()[2:4] + '\"]}]')\n"
     files = {"bin/atlas": (PROJECT / "app/bin/atlas").read_bytes(), f"python{PYTHON}/atlas/cli.py": body}
     archive = releases.make(tmp_path, python=PYTHON, files=files)
     digest = release.file_digest(archive)
     command = settings_check.launcher(archive, digest, tmp_path / "cache")
     before = command.stat().st_ino
-    assert settings_check.ask(command, {"xy": 1}) == ["queue_limit: xy"]
+    assert settings_check.ask(command, [{"xy": 1}]) == [["queue_limit: xy"]]
     assert settings_check.launcher(archive, digest, tmp_path / "cache").stat().st_ino == before
     command.write_text("import sys\nsys.exit('altered')\n")
-    assert settings_check.ask(settings_check.launcher(archive, digest, tmp_path / "cache"), {"xy": 1}) != []
+    assert settings_check.ask(settings_check.launcher(archive, digest, tmp_path / "cache"), [{"xy": 1}]) == [
+        ["queue_limit: xy"]
+    ]
 
 
 def test_a_release_that_cannot_be_asked_is_told_and_stops_nothing(tmp_path: Path, monkeypatch: Any) -> None:
@@ -142,4 +144,4 @@ def test_a_release_that_cannot_be_asked_is_told_and_stops_nothing(tmp_path: Path
     assert found["settings"] == [] and "3.98" in found["unchecked"]
     with pytest.raises(settings_check.CheckError, match="boom"):
         (tmp_path / "broken").write_text("import sys\nsys.exit('boom')\n")
-        settings_check.ask(tmp_path / "broken", GOOD)
+        settings_check.ask(tmp_path / "broken", [GOOD])

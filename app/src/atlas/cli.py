@@ -105,18 +105,23 @@ def config() -> None:
 
 
 @config.command("check")
+@click.argument("files", nargs=-1, type=click.Path(exists=True, dir_okay=False))
 @json_option
-def config_check(as_json: bool) -> None:
-    """Check the settings file that ATLAS_SETTINGS names: exit 2 with one line for each finding."""
-    try:
-        settings = load_settings()
-        load_identity(settings)
-    except SettingsError as error:
-        if not as_json:
-            raise
-        report({"valid": False, "source": error.source, "findings": error.findings}, True, "")
-        sys.exit(EXIT_USAGE)
-    report({"valid": True, "findings": []}, as_json, "settings are valid")
+def config_check(files: tuple[str, ...], as_json: bool) -> None:
+    """Check the settings file that ATLAS_SETTINGS names, or FILES: exit 2 with one line for each finding."""
+    found = []
+    for path in files or [None]:
+        if path:
+            os.environ["ATLAS_SETTINGS"] = path
+        try:
+            load_identity(load_settings())
+            found.append({"valid": True, "findings": []})
+        except SettingsError as error:
+            if not as_json:
+                raise
+            found.append({"valid": False, "source": error.source, "findings": error.findings})
+    report(found if files else found[0], as_json, "settings are valid")
+    sys.exit(0 if all(each["valid"] for each in found) else EXIT_USAGE)
 
 
 @cli.command()
