@@ -135,6 +135,14 @@ done"""
     return {str(json.loads(lab.ssh(host, look).stdout)["release"]) for host in lab.group("app")}
 
 
+def good_in_turn(lab: Lab) -> tuple[tuple[str, str], tuple[str, str]]:
+    """Return (name, release) of the one of GOOD that is in service, and of the other."""
+    ids = {release_id(archive(name)): name for name in GOOD}
+    (current,) = releases_in_service(lab)
+    other = next(release for release in ids if release != current)
+    return (ids[current], current), (ids[other], other)
+
+
 def query(lab: Lab, statement: str) -> str:
     """Return what *statement* finds in the lab's store, be it PostgreSQL or SQLite: a line for each row, with | between columns."""
     if databases := lab.group("database"):

@@ -7,7 +7,7 @@ import time
 import pytest
 from interruptions import await_rest, reboot
 from labtest import Lab
-from prooftest import GOOD, archive, deploy, load, release_id, releases_in_service
+from prooftest import deploy, good_in_turn, load, releases_in_service
 
 from tests.load.verdict import Span
 
@@ -16,12 +16,10 @@ RATE = 20.0
 
 @pytest.mark.parametrize("strategy", ["rolling", "blue_green"])
 def test_an_app_host_that_reboots(lab: Lab, strategy: str) -> None:
-    names = dict(zip((release_id(archive(name)) for name in GOOD), GOOD, strict=True))
-    (current,) = releases_in_service(lab)
-    wanted = next(name for name in names if name != current)
+    _, (new, wanted) = good_in_turn(lab)
     with load(lab, RATE) as traffic:
-        reboot(lab, names[wanted], strategy)
-        step = deploy(lab, names[wanted], strategy).succeeded()
+        reboot(lab, new, strategy)
+        step = deploy(lab, new, strategy).succeeded()
         assert releases_in_service(lab) == {wanted}
         await_rest(lab)
         time.sleep(1)

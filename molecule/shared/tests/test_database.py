@@ -50,3 +50,11 @@ def test_there_is_room_for_both_slots_of_every_host(lab: Lab) -> None:
         )
         most = max(int(line.split("|")[1]) for line in used.splitlines())
         assert most < room / len(hosts), f"a host holds {most} of {room} connections, and there are {len(hosts)} hosts"
+
+
+def test_a_database_that_was_started_often_is_not_refused(lab: Lab) -> None:
+    """A restore starts it again and again; with a limit, systemd refuses the start after the fifth in ten seconds."""
+    for host in lab.group("database"):
+        units = "systemctl list-units --plain --no-legend --type=service 'postgresql@*' | cut -d' ' -f1"
+        shown = lab.ssh(host, f"systemctl show --value --property StartLimitIntervalUSec $({units})").stdout.split()
+        assert shown and set(shown) == {"0"}, shown
