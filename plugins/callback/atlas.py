@@ -13,6 +13,7 @@ from typing import Any
 from ansible import constants as C  # noqa: N812 - as Ansible's own plugins do
 from ansible.playbook.task_include import TaskInclude
 from ansible.plugins.callback.default import CallbackModule as Default
+from ansible.template import Templar, trust_as_template
 
 DOCUMENTATION = """
 name: atlas
@@ -68,6 +69,11 @@ class CallbackModule(Default):  # type: ignore[misc]
             self._has_status = False
 
     # Plays and tasks
+
+    def v2_playbook_on_start(self, playbook: Any) -> None:
+        """Make ready to template here, once: every task on every host is a fork of this process, and would do so again (80 ms)."""
+        super().v2_playbook_on_start(playbook)
+        Templar().template(trust_as_template("{{ 1 | int }}"))
 
     def v2_playbook_on_play_start(self, play: Any) -> None:
         """Remember the play; it is announced with its first task that does something."""
