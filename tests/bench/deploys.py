@@ -37,6 +37,8 @@ from ansible.module_utils.deploy_plan import batch  # noqa: E402
 LAB = "test-bench"
 CACHE = PROJECT / ".cache" / "bench-plain"
 FEW, MANY = 2, 6
+PROBE_SECONDS = 1
+"""For so long every edge is asked for the new release before a deploy is finished (roles/deploy/tasks/verify.yml)."""
 
 
 class Row(NamedTuple):
@@ -63,14 +65,16 @@ def gates() -> dict[str, Any]:
 
 
 def waits(rolling: bool, hosts: int, settings: Mapping[str, Any]) -> float:
-    """Return the seconds that a deploy waits on purpose: for services to stay healthy, and while it watches them in traffic.
+    """Return the seconds that a deploy waits on purpose: for services to stay healthy, and while it watches and asks them in traffic.
 
     A rolling deploy waits for health on the first host and then on each batch of the others, a blue/green one on all at once.
     """
     at_once = batch(hosts, {"capacity_percent": settings["deploy_minimum_capacity"]})
     times = 1 + math.ceil((hosts - 1) / at_once) if rolling else 1
     return float(
-        times * settings["deploy_minimum_healthy_seconds"] + sum(s["seconds"] for s in settings["deploy_canary_steps"])
+        times * settings["deploy_minimum_healthy_seconds"]
+        + sum(s["seconds"] for s in settings["deploy_canary_steps"])
+        + PROBE_SECONDS
     )
 
 

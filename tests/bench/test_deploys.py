@@ -21,8 +21,8 @@ def test_waits_are_those_of_the_gates() -> None:
         "deploy_minimum_capacity": 60,
         "deploy_canary_steps": [{"seconds": 4, "percent": 5}, {"seconds": 5, "percent": 100}],
     }
-    assert waits(rolling=True, hosts=6, settings=settings) == 4 * 3 + 9, "the first, and then two at a time"
-    assert waits(rolling=False, hosts=6, settings=settings) == 3 + 9
+    assert waits(rolling=True, hosts=6, settings=settings) == 4 * 3 + 9 + 1, "the first, and then two at a time"
+    assert waits(rolling=False, hosts=6, settings=settings) == 3 + 9 + 1
 
 
 def test_the_gates_of_the_bench_are_on() -> None:
