@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
 from conftest import Clock, Cluster, open_database
 from pysqlite3 import dbapi2 as sqlite
@@ -252,6 +254,60 @@ def test_a_failed_migration_changes_nothing(empty_url: str, monkeypatch: pytest.
     with store.read() as connection, pytest.raises(DBAPIError):
         connection.execute(text("SELECT * FROM documents"))
     store.close()
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_migration_lets_users_pass_while_somebody_reads_for_long(
+    database: Database, database_url: str, monkeypatch: pytest.MonkeyPatch, ends: bool
+) -> None:
+    """Whoever comes after a migration that waits for a table would wait behind it, for as long as it does."""
+    if database.dialect != "postgresql":
+        pytest.skip("SQLite's readers hold up no writer")
+    tried: list[float] = []
+    done = threading.Event()
+
+    def upgrade(config: Config, _target: str) -> None:
+        tried.append(time.monotonic())
+        config.attributes["connection"].execute(text("LOCK TABLE documents IN ACCESS EXCLUSIVE MODE"))
+
+    monkeypatch.setattr(migrations, "_target", lambda *_: "9000")
+    monkeypatch.setattr(migrations.command, "upgrade", upgrade)
+    monkeypatch.setattr(migrations, "LOCK_PAUSE_SECONDS", 0.3)
+    monkeypatch.setattr(migrations, "LOCK_SECONDS", 30.0 if ends else 2.0)
+    waits: list[float] = []
+
+    def use() -> None:
+        users = open_database(database_url)
+        while not done.is_set():
+            began = time.monotonic()
+            with users.read() as connection:
+                connection.execute(text("SELECT count(*) FROM documents"))
+            waits.append(time.monotonic() - began)
+            time.sleep(0.02)
+        users.close()
+
+    reader = open_database(database_url)
+    user = threading.Thread(target=use)
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            with reader.read() as connection:
+                connection.execute(text("SELECT count(*) FROM documents"))
+                user.start()
+                migration = pool.submit(migrations.migrate, database)
+                while ends and len(tried) < 3:
+                    assert not migration.done()
+                    time.sleep(0.05)
+                if not ends:
+                    with pytest.raises(migrations.MigrationError, match="nothing was changed.*lock timeout"):
+                        migration.result(30)
+            if ends:
+                assert migration.result(30)[1] == "9000"
+        finally:
+            done.set()
+            user.join()
+    reader.close()
+    assert len(tried) >= 3 and len(waits) > len(tried), "users came through between its attempts"
+    assert max(waits) < 3, "one attempt holds them up for half a second, and all of them for no longer"
 
 
 def test_outcomes_are_counted_by_deployment(database: Database, clock: Clock) -> None:

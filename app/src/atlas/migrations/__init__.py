@@ -23,6 +23,12 @@ from atlas.schema import schema_revisions
 
 ADVISORY_LOCK = 0x61746C6173  # "atlas"
 GUARD_SECONDS = 60.0
+LOCK_MILLISECONDS = 500
+"""For so long a migration waits for a table, and all others behind it; then it lets them pass and tries again."""
+LOCK_PAUSE_SECONDS = 1.5
+LOCK_SECONDS = 20.0
+"""After so long it gives up: somebody holds the table for longer than a deploy should wait."""
+LOCK_NOT_AVAILABLE = "55P03"
 
 
 class MigrationError(Exception):
@@ -95,42 +101,50 @@ def _status(connection: Connection) -> SchemaStatus:
     return SchemaStatus(current, own[-1], current in own, fits, applied)
 
 
-def migrate(database: Database, contract: bool = False, lock_timeout_ms: int = 5000) -> tuple[str | None, str | None]:
+def migrate(database: Database, contract: bool = False) -> tuple[str | None, str | None]:
     """Apply this release's revisions, up to the first `contract` one unless `contract` is set.
 
     Everything happens in one transaction under a lock, so that several hosts may do it at once. Returns the revision
     before and after. Raises MigrationError if the schema is newer than this release can serve, or a lock is not free.
     """
-    try:
-        with database.write() as connection:
-            if database.dialect == "postgresql":
-                _guard(connection, lock_timeout_ms)
-            before = _status(connection)
-            if before.current is not None and not before.known:
-                if before.compatible:
-                    return before.current, before.current
-                raise MigrationError(
-                    f"the schema is at {before.current}, which this release (head {before.head}) cannot serve;"
-                    " deploy a newer release"
-                )
-            target = _target(before.current, contract)
-            if target != before.current and target is not None:
-                config = _config()
-                config.attributes.update(connection=connection, database=database)
-                command.upgrade(config, target)
-            return before.current, target
-    except DBAPIError as error:
-        raise MigrationError(f"the schema could not be migrated, nothing was changed: {error.orig}") from error
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            return _migrate(database, contract)
+        except DBAPIError as error:
+            if getattr(error.orig, "sqlstate", None) != LOCK_NOT_AVAILABLE or time.monotonic() > deadline:
+                raise MigrationError(f"the schema could not be migrated, nothing was changed: {error.orig}") from error
+        time.sleep(LOCK_PAUSE_SECONDS)
 
 
-def _guard(connection: Connection, lock_timeout_ms: int) -> None:
+def _migrate(database: Database, contract: bool) -> tuple[str | None, str | None]:
+    with database.write() as connection:
+        if database.dialect == "postgresql":
+            _guard(connection)
+        before = _status(connection)
+        if before.current is not None and not before.known:
+            if before.compatible:
+                return before.current, before.current
+            raise MigrationError(
+                f"the schema is at {before.current}, which this release (head {before.head}) cannot serve;"
+                " deploy a newer release"
+            )
+        target = _target(before.current, contract)
+        if target != before.current and target is not None:
+            config = _config()
+            config.attributes.update(connection=connection, database=database)
+            command.upgrade(config, target)
+        return before.current, target
+
+
+def _guard(connection: Connection) -> None:
     deadline = time.monotonic() + GUARD_SECONDS
     while not connection.scalar(text("SELECT pg_try_advisory_xact_lock(:key)"), {"key": ADVISORY_LOCK}):
         if time.monotonic() > deadline:
             raise MigrationError(f"another host has been migrating for {GUARD_SECONDS:.0f} s; see atlas db status")
         time.sleep(0.1)
     # A migration waits briefly for a table, or it would queue all traffic behind itself.
-    connection.execute(text(f"SET LOCAL lock_timeout = {int(lock_timeout_ms)}"))
+    connection.execute(text(f"SET LOCAL lock_timeout = {LOCK_MILLISECONDS}"))
 
 
 def _target(current: str | None, contract: bool) -> str | None:
