@@ -609,6 +609,21 @@ def test_waiting_ends_and_says_why(host: Host) -> None:
         host.wait_healthy(gate(answers(status=503)), timeout=0.3, minimum=0)
 
 
+def test_a_host_that_is_slow_to_tell_is_asked_less_often(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is slow because four services start: what looks at them takes no more than a sixth of the time."""
+    pauses: list[float] = []
+
+    def show(names: Sequence[str]) -> dict[str, dict[str, str]]:
+        threading.Event().wait(0.1)
+        return ACTIVE
+
+    monkeypatch.setattr(host, "show", show)
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    with pytest.raises(HostError, match="not healthy"):
+        host.wait_healthy(gate(answers(status=503)), timeout=0.4, minimum=0)
+    assert pauses and min(pauses) >= 0.5
+
+
 def test_a_service_that_crashes_again_and_again_is_not_waited_for(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     restarts = iter(range(100))
 
