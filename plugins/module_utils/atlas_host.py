@@ -34,6 +34,7 @@ _COUNTED = re.compile(r"^atlas_http_requests_total\{([^}]*)\} (\S+)$", re.MULTIL
 API_PORTS = {"blue": 8101, "green": 8102}
 MONITORING_PORTS = {"blue": 8111, "green": 8112}
 POLL_SECONDS = 0.25
+SLOWEST_POLL_SECONDS = 1.0
 HEARTBEAT_SECONDS = 15.0
 """A worker whose last heartbeat is older than this does not count as alive."""
 CRASHES = 3
@@ -616,7 +617,7 @@ class Host:
                 guilty, message = fault or (unit("api", gate.slot), "its processes do not stay the same")
                 raise HostError(f"{guilty}: {message}; not healthy within {timeout:g} s.", self.log(guilty, began))
             # Four services start meanwhile, and looking must not slow them down: where it takes long, it happens less often.
-            time.sleep(max(POLL_SECONDS, 5 * (time.monotonic() - looked)))
+            time.sleep(min(SLOWEST_POLL_SECONDS, max(POLL_SECONDS, 5 * (time.monotonic() - looked))))
 
     def look_after(self, gate: Gate, processes: Mapping[str, str], began: float) -> None:
         """Raise :class:`HostError` if a unit of *gate*'s slot is not active with the *processes* that it had."""

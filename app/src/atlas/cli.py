@@ -108,7 +108,10 @@ def config() -> None:
 @click.argument("files", nargs=-1, type=click.Path(exists=True, dir_okay=False))
 @json_option
 def config_check(files: tuple[str, ...], as_json: bool) -> None:
-    """Check the settings file that ATLAS_SETTINGS names, or FILES: exit 2 with one line for each finding."""
+    """Check the settings file that ATLAS_SETTINGS names, or FILES: exit 2 with one line for each finding.
+
+    Without --json, the first of FILES that has findings is the last one that is read.
+    """
     found = []
     for path in files or [None]:
         if path:
