@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import json
 import subprocess
+import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from tests.load.verdict import HIDDEN
 
 POLL_SECONDS = 0.02
 REPORT_SECONDS = 0.5
+ANSWER_SECONDS = 30.0
 
 SCRIPT = f"""#python
 import csv, io, json, re, socket, time
@@ -51,7 +54,7 @@ while True:
             at = time.time()
             line = json.dumps({{"at": at, "map": value, "counters": look()}})
             shown, due = value, time.monotonic() + {REPORT_SECONDS}
-    except (OSError, TypeError, KeyError, ValueError):
+    except (OSError, TypeError, LookupError, ValueError):
         pass  # a reload has just taken the socket away
     if line:
         print(line, flush=True)  # whoever listened is gone: this ends it
@@ -65,22 +68,39 @@ class Witness:
     def __init__(self, start: Callable[[str], subprocess.Popen[str]]) -> None:
         self._process = start(SCRIPT)
         self._reports: list[dict[str, Any]] = []
+        # Read all the time: a pipe holds minutes of it, and what stands behind that is lost with the process.
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        self._await_report(0, "cannot be watched")
+
+    def _read(self) -> None:
         assert self._process.stdout is not None
-        first = self._process.stdout.readline()
-        if not first:
-            raise RuntimeError("the edge cannot be watched")
-        self._reports.append(json.loads(first))
+        for line in self._process.stdout:
+            with suppress(ValueError):  # the line at which it was ended
+                self._reports.append(json.loads(line))
+
+    def _await_report(self, since: float, otherwise: str) -> None:
+        """Wait for a report made after *since*, Unix time; raise RuntimeError where none comes."""
+        deadline = time.monotonic() + ANSWER_SECONDS
+        while not self._reports or self._reports[-1]["at"] <= since:
+            if time.monotonic() > deadline or not self._reader.is_alive():
+                raise RuntimeError(
+                    f"the edge {otherwise}: nothing came from it in {ANSWER_SECONDS:g} s, or its script ended"
+                )
+            time.sleep(POLL_SECONDS)
 
     def stop(self) -> None:
-        """Take a last report, made from now on, and end."""
-        time.sleep(3 * REPORT_SECONDS)
-        self._process.terminate()
-        said, _ = self._process.communicate(timeout=30)
-        for line in said.splitlines():
-            try:
-                self._reports.append(json.loads(line))
-            except ValueError:
-                continue  # the line at which it was ended
+        """Take a last report, made from now on, and end; raise RuntimeError where it saw nothing of the end."""
+        try:
+            self._await_report(time.time(), "was not watched to the end")
+        finally:
+            self._process.terminate()
+            self._process.wait(30)
+            self._reader.join(30)
+        times = [report["at"] for report in self._reports]
+        blind = max((after - before for before, after in zip(times, times[1:], strict=False)), default=0.0)
+        if blind > ANSWER_SECONDS:
+            raise RuntimeError(f"the edge was not watched for {blind:.0f} s")
 
     @property
     def switches(self) -> list[tuple[float, str]]:
