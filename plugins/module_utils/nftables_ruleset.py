@@ -11,6 +11,7 @@ NFT = "/usr/sbin/nft"
 BOOT_FILE = Path("/etc/nftables.conf")
 STATE_DIRECTORY = Path("/run/atlas-firewall")
 RETURN_UNIT = "atlas-firewall-return"
+BOOT_UNIT = "nftables.service"
 
 
 class FirewallError(Exception):
@@ -53,8 +54,16 @@ def compared(ruleset: str) -> tuple[str, str, bool]:
     A ruleset that is in force but not confirmed is something to do: it goes away by itself.
     """
     before, after = live(), expected(ruleset)
-    at_boot = BOOT_FILE.read_text() if BOOT_FILE.exists() else ""
-    return before, after, before != after or at_boot != ruleset or (STATE_DIRECTORY / "previous.nft").exists()
+    unconfirmed = (STATE_DIRECTORY / "previous.nft").exists()
+    return before, after, before != after or unconfirmed or not boots(ruleset)
+
+
+def boots(ruleset: str) -> bool:
+    """Return whether the next boot loads *ruleset*."""
+    if not BOOT_FILE.exists() or BOOT_FILE.read_text() != ruleset:
+        return False
+    asked = subprocess.run(["systemctl", "is-enabled", BOOT_UNIT], capture_output=True, timeout=30, check=False)
+    return asked.returncode == 0
 
 
 def write(path: Path, text: str) -> None:
@@ -120,4 +129,5 @@ def confirm(ruleset: str) -> None:
             "Mend them in group_vars/all and run the playbook again"
         )
     write(BOOT_FILE, ruleset)
+    run(["systemctl", "enable", "--quiet", BOOT_UNIT], what="the new firewall is in force, but boot would not load it")
     (STATE_DIRECTORY / "previous.nft").unlink(missing_ok=True)

@@ -9,7 +9,7 @@ short_description: Put a whole nftables ruleset into force, with a way back
 description:
   - Compares the whole live ruleset with the one given, so that a rule added by hand is a difference too.
   - C(applied) loads it in one transaction and arms a timer that restores the previous one.
-  - C(confirmed), run over a fresh connection, cancels the timer and writes C(/etc/nftables.conf) for the next boot.
+  - C(confirmed), run over a fresh connection, cancels the timer, writes C(/etc/nftables.conf) and has the next boot load it.
 options:
   ruleset:
     description: The ruleset as text. It must begin by flushing the old one.

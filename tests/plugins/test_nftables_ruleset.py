@@ -26,7 +26,13 @@ done
 (sleep "${seconds%s}"; exec "$@") </dev/null >/dev/null 2>&1 &
 echo $! > /run/return.pid
 """
-SYSTEMCTL = '#!/bin/sh\n[ "$1" != stop ] || kill $(cat /run/return.pid) 2>/dev/null\n'
+SYSTEMCTL = """#!/bin/sh
+case "$1 $2" in
+stop*) kill $(cat /run/return.pid) 2>/dev/null;;
+"enable --quiet") touch "/run/at-boot-$3";;
+is-enabled*) test -e "/run/at-boot-$2";;
+esac
+"""
 
 
 @pytest.fixture(scope="module", params=CODENAMES)
@@ -115,6 +121,18 @@ def test_a_firewall_that_was_put_right_stays_although_the_boot_file_was_right_al
     waits = host.shell("cat /proc/$(cat /run/return.pid)/cmdline").stdout
     assert waits == "", "what was planted would come back"
     assert "planted" not in live(host)
+
+
+def test_a_firewall_that_boot_would_not_load_is_a_difference(host: Container) -> None:
+    text = ruleset(host, 80)
+    assert call(host, "apply", text, 60).returncode == 0
+    assert call(host, "confirm", text).returncode == 0
+    assert call(host, "compared", text).stdout.strip().endswith("False)")
+    host.shell("rm /run/at-boot-nftables.service")
+    assert call(host, "compared", text).stdout.strip().endswith("True)")
+    assert call(host, "apply", text, 60).returncode == 0
+    assert call(host, "confirm", text).returncode == 0
+    assert call(host, "compared", text).stdout.strip().endswith("False)")
 
 
 def test_a_return_that_is_faster_than_the_confirmation_is_noticed(host: Container) -> None:

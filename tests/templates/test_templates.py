@@ -166,7 +166,7 @@ CASES = {
     "backup/atlas-backup.timer.j2": Case(
         "/etc/systemd/system/atlas-backup-daily.timer",
         'out=$(systemd-analyze verify --man=no atlas-backup-daily.timer 2>&1); echo "$out"; test -z "$out"',
-        {"item": {"key": "daily", "value": {"at": "*-*-* 02:00:00"}}},
+        {"job": "daily", "__backup_timers": {"daily": {"at": "*-*-* 02:00:00"}}},
         needs=("backup/atlas-backup@.service.j2",),
         breaks=("02:00:00", "26:00:00"),
     ),
@@ -332,9 +332,8 @@ def test_503_is_a_problem_document() -> None:
 )
 def test_a_new_edge_takes_the_slot_that_the_app_hosts_name(answers: list[dict[str, Any]], slot: str) -> None:
     tasks = yaml.safe_load((PROJECT / "roles/haproxy/tasks/configure.yml").read_text())
-    (content,) = [
-        task["ansible.builtin.copy"]["content"] for task in tasks if "Create the map of the slot" in task["name"]
-    ]
+    (files,) = [task["vars"]["__haproxy_files"] for task in tasks if "__haproxy_files" in task.get("vars", {})]
+    (content,) = [one["content"] for one in files if one["path"] == "/etc/haproxy/slot.map"]
     variables = {"__haproxy_asked": {"results": answers}}
     assert (
         Templar(loader=DataLoader(), variables=variables).template(trust_as_template(content)) == f"active be_{slot}\n"
