@@ -51,7 +51,7 @@ class Fake:
                 blocks.append(f"Id={name}\nActiveState={state}\nSubState=x\nMainPID=7\nNRestarts=0")
             return Done(0, "\n\n".join(blocks), "")
         if argv[:2] == ["systemctl", "stop"]:
-            self.active -= set(argv[3:])
+            self.active -= set(argv[2:])
             # A runtime directory goes with its service.
             for slot in atlas_host.SLOTS:
                 for mark in self.marks(slot) if self.active.isdisjoint(atlas_host.units(slot)) else []:
@@ -211,6 +211,36 @@ def test_an_old_slot_that_would_not_stop_is_stopped_by_the_next_run(
     assert host.transaction() == {} and not host.active("blue") and host.good() == [1, 2]
 
 
+@pytest.mark.parametrize(
+    ("outcome", "why"),
+    [
+        (HostError("systemctl did not end within 5 s."), "not within 5 s"),
+        (Done(1, "", "Job for atlas-api@blue.service canceled.\n"), "Job for atlas-api@blue.service canceled."),
+    ],
+)
+def test_services_that_do_not_stop_are_named_with_the_reason(
+    host: Host, monkeypatch: pytest.MonkeyPatch, outcome: HostError | Done, why: str
+) -> None:
+    serving(host, "blue", 1)
+    waited: list[float] = []
+
+    def stuck(argv: Sequence[str], stdin: bytes | None = None, timeout: float = 60, env: Any = None) -> Done:
+        if argv[:2] != ["systemctl", "stop"]:
+            return fake(argv, stdin, timeout, env)
+        waited.append(timeout)
+        if isinstance(outcome, HostError):
+            raise outcome
+        return outcome
+
+    fake = host.run
+    monkeypatch.setattr(host, "run", stuck)
+    with pytest.raises(HostError, match=f"atlas-monitoring@blue.service did not stop: {why}"):
+        host.stop("blue", 5)
+    assert waited == [5]
+    monkeypatch.setattr(host, "run", fake)
+    assert host.stop("blue", 5) and not host.stop("blue", 5), "there was nothing left to stop"
+
+
 def test_what_the_old_slot_answered_is_kept_when_it_is_left(
     host: Host, healthy: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -251,11 +281,12 @@ def test_a_warm_slot_is_engaged_without_a_restart_and_its_timer_is_taken_back(ho
     back = params(slot="blue", number=1, release="1.0-abc", deploy="d2", rolled_back=2, warm_seconds=600)
     atlas_slot.Slot(back, host, False).engaged()
     asked = [call[1:] for call in host.run.calls if call[0] == "systemctl"]  # type: ignore[attr-defined]
-    calls = [call[:2] for call in asked]
     assert ["stop", "atlas-cooling-blue.timer", "atlas-cooling-blue.service"] in asked and host.warm_until(
         "blue"
     ) is None
-    assert not [call for call in calls if call[0] == "start" or call == ["stop", "--no-block"]]
+    assert not [
+        call for call in asked if call[0] in ("start", "stop") and not set(call).isdisjoint(atlas_host.units("blue"))
+    ]
     atlas_slot.Slot(back, host, False).finished()
     assert host.in_service() == "blue" and host.good() == [1] and host.abandoned() == 2
     assert 2 in host.deployments(), "what a rollback has just left can be returned to"
