@@ -35,7 +35,7 @@ options:
         type: bool
         default: false
       owner:
-        description: Name of the owner. Like O(files[].group), it need not exist yet in check mode.
+        description: Name of the owner.
         type: str
         default: root
       group:

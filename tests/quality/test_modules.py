@@ -73,4 +73,5 @@ def compare(documented: dict[str, Any], taken: dict[str, Any], where: str) -> No
                 f"{where}.{option}: {key} differs from the documentation"
             )
         if "options" in spec:
-            compare(about["options"], spec["options"], f"{where}.{option}")
+            # Modules and roles have different words for it.
+            compare(about.get("suboptions") or about["options"], spec["options"], f"{where}.{option}")
