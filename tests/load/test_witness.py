@@ -15,7 +15,7 @@ MUCH = """
 import json, time
 def say(name, at):
     print(json.dumps({"at": at, "map": name, "counters": {"1": {"wretr": 0, "pad": 0}}}), flush=True)
-begin = time.time()
+begin = time.time() - 5
 for number in range(4000):  # far more than a pipe holds
     say("be_blue", begin + number / 1e6)
 say("be_green", begin + 0.005)
@@ -58,7 +58,7 @@ def test_a_witness_that_died_or_looked_away_is_no_witness(
 ) -> None:
     with pytest.raises(RuntimeError, match="not watched to the end"):
         watch(MUCH).stop()
-    with pytest.raises(RuntimeError, match="not watched for 100 s"):
+    with pytest.raises(RuntimeError, match=r"not watched for 10\d s"):
         watch(MUCH + GAP + REST.replace("time.time()", "time.time() + 100")).stop()
     monkeypatch.setattr(witness, "ANSWER_SECONDS", 0.5)
     with pytest.raises(RuntimeError, match="cannot be watched"):
