@@ -75,10 +75,8 @@ written:
   returned: success
 """
 
-import contextlib
 import os
 import shlex
-import stat
 import subprocess
 import tempfile
 from collections.abc import Mapping
@@ -122,22 +120,15 @@ def validate(path: str, content: str, command: str) -> None:
         raise FilesError(f"{path} would be wrong, so nothing was changed: {argv[0]} says: {said}")
 
 
-def write(path: str, content: str) -> None:
-    """Replace *path* at one stroke. It keeps owner and mode; a new one is root's alone."""
+def write(module: AnsibleModule, path: str, content: str) -> None:
+    """Replace *path* at one stroke; it keeps owner and mode."""
     handle, partial = tempfile.mkstemp(dir=os.path.dirname(path), prefix=f".{os.path.basename(path)}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        with contextlib.suppress(FileNotFoundError):
-            was = os.stat(path)
-            os.chown(partial, was.st_uid, was.st_gid)
-            os.chmod(partial, stat.S_IMODE(was.st_mode))
-        os.replace(partial, path)
-    except BaseException:
-        os.unlink(partial)
-        raise
+    module.add_cleanup_file(partial)
+    with os.fdopen(handle, "w", encoding="utf-8") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    module.atomic_move(partial, path)
 
 
 class Entry:
@@ -179,7 +170,7 @@ class Entry:
             if self.is_directory:
                 os.mkdir(self.path, 0o700)
             else:
-                write(self.path, str(self.after))
+                write(module, self.path, str(self.after))
         if not os.path.lexists(self.path):
             return changed, diff
         attributes: dict[str, Any] = {
